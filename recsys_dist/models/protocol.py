@@ -1,0 +1,96 @@
+"""What a model must be: one file under `models/` with a frozen `Config` and an `nn.Module` `Model`.
+
+A model is plain single-process arithmetic over TorchRec's embedding modules; `train.sharding`
+alone knows about ranks. The same class trains sharded, is exported whole, and serves.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import nn
+
+import recsys_dist.models
+from recsys_dist.batch import Batch
+from recsys_dist.config import Config, nearest
+from recsys_dist.errors import ConfigError
+from recsys_dist.schema import Schema
+
+Task = Literal["ranking", "recall"]
+
+
+class ModelConfig(Config):
+    """Base of every model's Config; `name` is the file that it lives in."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """What training knows of the items besides their ids.
+
+    positives  [rows of the item table] int64: how often each item was a recall positive in training
+    """
+
+    positives: torch.Tensor
+
+
+class Model(Protocol):
+    """What the training loop and the evaluator ask of every model.
+
+    Built as `Model(cfg, schema, catalogue)`, where `schema` is what `inputs` returned, fitted, with
+    `ranking_label` set to the label to learn. Embedding tables are made on the "meta" device with
+    their `init_fn` set; `train.sharding` (or `materialise`) gives them memory and values.
+    """
+
+    task: ClassVar[Task]
+
+    @staticmethod
+    def inputs(schema: Schema, cfg: Any) -> Schema:
+        """The part of the schema that this model reads; ConfigError where it lacks what the model needs."""
+        ...
+
+    def loss(self, batch: Batch, step: int) -> torch.Tensor:
+        """[B] loss of each row before weighting. `step` seeds whatever is sampled, alike on all workers."""
+        ...
+
+    def table_groups(self) -> Mapping[str, list[nn.Parameter]]:
+        """Embedding parameters by optimizer group: `"deep"`, and `"wide"` where a model has a wide part."""
+        ...
+
+
+class RankModel(Model, Protocol):
+    """Scores one (user, item, context) row at a time."""
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """[B] logits; `sigmoid` of them are the predicted probabilities."""
+        ...
+
+
+class RecallModel(Model, Protocol):
+    """Embeds users and items in one space; the inner product ranks the catalogue."""
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """[B, D] user vectors."""
+        ...
+
+    def item_vectors(self) -> torch.Tensor:
+        """[rows of the item table, D]; row 0 is the unknown item and is never recommended."""
+        ...
+
+
+def model_names() -> list[str]:
+    """Every file of `models/` that defines `Config` and `Model` of its own."""
+    names = [m.name for m in pkgutil.iter_modules(recsys_dist.models.__path__)]
+    return [n for n in names if n not in ("protocol", "layers", "losses")]
+
+
+def model_module(name: str) -> ModuleType:
+    """The module of a model, by its name; ConfigError names the nearest where there is none."""
+    if name not in model_names():
+        raise ConfigError(f"model {name!r} does not exist{nearest(name, model_names())}")
+    return importlib.import_module(f"recsys_dist.models.{name}")

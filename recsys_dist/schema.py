@@ -1,0 +1,242 @@
+"""What the columns mean: features, labels, and the digest that prepared data, checkpoints and bundles share.
+
+A `column` names where a raw value comes from: `"tab"` is a column of the event itself,
+`"users.gender"` and `"items.author_id"` are columns of the user and item tables.
+"""
+
+from collections.abc import Iterable
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from recsys_dist.config import Config, digest, nearest
+from recsys_dist.errors import ConfigError
+
+Side = Literal["user", "item", "context"]
+
+
+class Feature(Config):
+    """A named model input. `rows` is its table's size, known once the vocabularies are fitted."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+
+
+class Categorical(Feature):
+    """One id per row: a vocabulary of values seen ≥ `min_count` times in training, or hash buckets.
+
+    Row 0 means unknown: null, rare, or never seen in training.
+    """
+
+    kind: Literal["categorical"] = "categorical"
+    column: str
+    min_count: int = Field(1, ge=1)
+    hash_buckets: int | None = Field(None, ge=2, description="hash instead of keeping a vocabulary")
+    rows: int | None = None
+
+
+class Bucketed(Feature):
+    """A number as one id per row: quantile buckets fitted on training days; row 0 = missing."""
+
+    kind: Literal["bucketed"] = "bucketed"
+    column: str
+    buckets: int = Field(20, ge=2, le=10_000)
+    rows: int | None = None
+
+
+class Time(Feature):
+    """Hour of day or weekday of the event in the schema's time zone, as one id per row."""
+
+    kind: Literal["time"] = "time"
+    part: Literal["hour", "weekday"]
+    rows: int | None = None
+
+
+class Cross(Feature):
+    """Cross-product of id features, hashed into buckets (Wide & Deep, arXiv 1606.07792, eq. 1)."""
+
+    kind: Literal["cross"] = "cross"
+    of: tuple[str, ...] = Field(min_length=2)
+    hash_buckets: int = Field(100_000, ge=2)
+    rows: int | None = None
+
+
+class Sequence(Feature):
+    """The user's last `max_length` items strictly before the event, oldest first.
+
+    `of` names the item feature whose ids the list holds (they share its table); `where` the
+    label that was positive for an item to count, or None for every exposure.
+    """
+
+    kind: Literal["sequence"] = "sequence"
+    of: str
+    where: str | None = None
+    max_length: int = Field(50, ge=1)
+    rows: int | None = None
+
+
+class Numeric(Feature):
+    """One float per row, standardised by the training days' mean and deviation; missing is the mean."""
+
+    kind: Literal["numeric"] = "numeric"
+    column: str
+    log: bool = Field(False, description="log1p before standardising; for counts and durations")
+
+
+class Statistic(Feature):
+    """How often `key` was seen before (`label=None`: log1p, standardised) or its smoothed label rate.
+
+    `key` is a column. For `user_id` it counts every event strictly before this one; for other
+    columns it counts whole days before the event's day, and never days after training ended.
+    The rate is (positives + smoothing x prior) / (events + smoothing), standardised.
+    """
+
+    kind: Literal["statistic"] = "statistic"
+    key: str
+    label: str | None = None
+    smoothing: float = Field(20.0, gt=0)
+
+
+IdFeature = Categorical | Bucketed | Time | Cross | Sequence
+DenseFeature = Numeric | Statistic
+AnyFeature = Annotated[IdFeature | DenseFeature, Field(discriminator="kind")]
+
+
+class Label(Config):
+    """An outcome column of the log: `binary` (0/1) or `value` (a non-negative amount, as watch time)."""
+
+    name: str
+    kind: Literal["binary", "value"] = "binary"
+
+
+class Schema(Config):
+    """All features and labels of a data set. Immutable; `digest()` tells two schemas apart."""
+
+    features: tuple[AnyFeature, ...]
+    labels: tuple[Label, ...]
+    ranking_label: str = Field(description="the label that ranking models predict unless told otherwise")
+    recall_positive: tuple[str, ...] = Field(
+        min_length=1, description="an event with any of these labels is an item the user wanted"
+    )
+    utc_offset_hours: float = Field(0.0, ge=-12, le=14, description="local time of hour, weekday and day")
+
+    @model_validator(mode="after")
+    def _references_resolve(self) -> Self:
+        names = [feature.name for feature in self.features]
+        labels = [label.name for label in self.labels]
+        duplicated = {name for name in names if names.count(name) > 1} | (set(names) & set(labels))
+        if duplicated:
+            raise ValueError(f"name {sorted(duplicated)[0]!r} is used twice among features and labels")
+        binary = [label.name for label in self.labels if label.kind == "binary"]
+        for name in (self.ranking_label, *self.recall_positive):
+            if name not in binary:
+                raise ValueError(f"label {name!r} is not a binary label of the schema{nearest(name, binary)}")
+        for feature in self.features:
+            self._check(feature, labels)
+        return self
+
+    def _check(self, feature: AnyFeature, labels: list[str]) -> None:
+        by_name = {f.name: f for f in self.features}
+        where = feature.where if isinstance(feature, Sequence) else None
+        label = feature.label if isinstance(feature, Statistic) else None
+        for name in filter(None, (where, label)):
+            if name not in labels:
+                raise ValueError(f"feature {feature.name!r}: no label {name!r}{nearest(name, labels)}")
+        parents: tuple[str, ...] = ()
+        if isinstance(feature, Cross | Sequence):
+            parents = (feature.of,) if isinstance(feature.of, str) else feature.of
+        for parent in parents:
+            known = by_name.get(parent)
+            if known is None:
+                near = nearest(parent, list(by_name))
+                raise ValueError(f"feature {feature.name!r}: no feature {parent!r}{near}")
+            if isinstance(feature, Cross) and not isinstance(known, Categorical | Bucketed | Time):
+                raise ValueError(f"cross {feature.name!r}: {parent!r} is {known.kind}, not one id per row")
+            if isinstance(feature, Sequence) and not (
+                isinstance(known, Categorical | Bucketed) and side(known.column) == "item"
+            ):
+                raise ValueError(f"sequence {feature.name!r}: {parent!r} is not an id feature of the item")
+
+    @property
+    def ids(self) -> tuple[IdFeature, ...]:
+        """Features looked up in embedding tables, in schema order: the keys of `Batch.sparse`."""
+        return tuple(f for f in self.features if isinstance(f, IdFeature))
+
+    @property
+    def singles(self) -> tuple[Categorical | Bucketed | Time | Cross, ...]:
+        """Id features with exactly one id per row."""
+        return tuple(f for f in self.features if isinstance(f, Categorical | Bucketed | Time | Cross))
+
+    @property
+    def crosses(self) -> tuple[Cross, ...]:
+        return tuple(f for f in self.features if isinstance(f, Cross))
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        return tuple(f for f in self.features if isinstance(f, Sequence))
+
+    @property
+    def dense(self) -> tuple[DenseFeature, ...]:
+        """Float features, in schema order: the columns of `Batch.dense`."""
+        return tuple(f for f in self.features if isinstance(f, DenseFeature))
+
+    @property
+    def item_id(self) -> Categorical:
+        """The feature over the item's own id, whose table the catalogue is."""
+        for feature in self.features:
+            if isinstance(feature, Categorical) and feature.column == "item_id":
+                return feature
+        raise ConfigError("the schema has no categorical feature over column 'item_id'; recall needs one")
+
+    def __getitem__(self, name: str) -> AnyFeature:
+        for feature in self.features:
+            if feature.name == name:
+                return feature
+        known = [f.name for f in self.features]
+        raise ConfigError(f"the schema has no feature {name!r}{nearest(name, known)}")
+
+    def table(self, feature: IdFeature) -> str:
+        """Name of the embedding table that `feature` is looked up in."""
+        return feature.of if isinstance(feature, Sequence) else feature.name
+
+    def sides(self, feature: AnyFeature) -> frozenset[Side]:
+        """What a feature depends on: a user tower takes `{"user", "context"}`, an item tower `{"item"}`."""
+        match feature:
+            case Time():
+                return frozenset({"context"})
+            case Sequence():
+                return frozenset({"user"})
+            case Cross():
+                return frozenset().union(*(self.sides(self[name]) for name in feature.of))
+            case Statistic():
+                return frozenset({side(feature.key)})
+            case _:
+                return frozenset({side(feature.column)})
+
+    def select(self, names: Iterable[str]) -> Self:
+        """The schema with only the named features (in schema order), and what those refer to kept valid."""
+        wanted = set(names)
+        for name in wanted:
+            self[name]  # raises for an unknown name
+        kept = [f.model_dump() for f in self.features if f.name in wanted]
+        return type(self).parse({**self.model_dump(), "features": kept})
+
+    def fitted(self, rows: dict[str, int]) -> Self:
+        """The schema with each id feature's table size filled in, `rows` keyed by table name."""
+        filled = [
+            {**f.model_dump(), "rows": rows[self.table(f)]} if isinstance(f, IdFeature) else f.model_dump()
+            for f in self.features
+        ]
+        return type(self).parse({**self.model_dump(), "features": filled})
+
+    def digest(self) -> str:
+        """Identity of the columns' meaning, table sizes included."""
+        return digest(self.model_dump(mode="json"))
+
+
+def side(column: str) -> Side:
+    """Which table a raw column belongs to."""
+    if column == "user_id" or column.startswith("users."):
+        return "user"
+    if column == "item_id" or column.startswith("items."):
+        return "item"
+    return "context"

@@ -141,6 +141,8 @@ class Schema(Config):
         for name in filter(None, (where, label)):
             if name not in labels:
                 raise ValueError(f"feature {feature.name!r}: no label {name!r}{nearest(name, labels)}")
+        if isinstance(feature, Statistic) and feature.key.startswith("users."):
+            raise ValueError(f"statistic {feature.name!r}: key {feature.key!r} is not user_id, an item or context column")
         parents: tuple[str, ...] = ()
         if isinstance(feature, Cross | Sequence):
             parents = (feature.of,) if isinstance(feature.of, str) else feature.of

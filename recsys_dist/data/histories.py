@@ -1,0 +1,52 @@
+"""Point in time: what a user had done strictly before each event. Events sorted by (user, timestamp).
+
+n events. Events of one user with equal timestamps do not see each other.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Where each event's past lies among the sorted events: positions `start[i] .. before[i] - 1`."""
+
+    start: np.ndarray  # [n] int64, first event of the same user
+    before: np.ndarray  # [n] int64, first event of the same user and timestamp
+
+    @classmethod
+    def of(cls, user: np.ndarray, timestamp_us: np.ndarray) -> "Timeline":
+        """From the sorted columns: user codes [n] and timestamps [n]."""
+        new_user = np.r_[True, user[1:] != user[:-1]][: len(user)]
+        new_moment = new_user | np.r_[True, timestamp_us[1:] != timestamp_us[:-1]][: len(user)]
+        return cls(_last_true(new_user), _last_true(new_moment))
+
+    def count(self, counted: np.ndarray) -> np.ndarray:
+        """[n] sum of `counted` [n] (booleans or numbers) over each event's past."""
+        total = np.r_[0, np.cumsum(counted)]
+        return total[self.before] - total[self.start]
+
+    def last(self, wanted: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """The last `length` wanted events of each event's past, oldest first.
+
+        Returns (offsets [n + 1], positions [offsets[-1]]): event i's past is
+        `positions[offsets[i]:offsets[i + 1]]`, indices into the sorted events.
+        """
+        chosen = np.flatnonzero(wanted)
+        total = np.r_[0, np.cumsum(wanted)]
+        stop = total[self.before]
+        first = np.maximum(total[self.start], stop - length)
+        return _ranges(chosen, first, stop)
+
+
+def _last_true(flags: np.ndarray) -> np.ndarray:
+    return np.maximum.accumulate(np.where(flags, np.arange(len(flags)), 0))
+
+
+def _ranges(values: np.ndarray, first: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Concatenate `values[first[i]:stop[i]]` for all i, without a loop."""
+    lengths = stop - first
+    offsets = np.r_[0, np.cumsum(lengths)]
+    within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+    return offsets, values[np.repeat(first, lengths) + within]

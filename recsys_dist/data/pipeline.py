@@ -1,0 +1,308 @@
+"""The only ray.data: raw logs → validated events → fitted encoders → shuffled training shards + manifest.
+
+parts ─read, validate─▶ rows ─shuffle by user─▶ events/ ─count─▶ encoders
+                                                   └─build─▶ examples ─shuffle─▶ ranking/ recall/ users/
+"""
+
+import datetime as dt
+import hashlib
+import json
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray.data
+from pydantic import Field, SerializeAsAny, field_validator
+from tqdm import tqdm
+
+from recsys_dist import __version__
+from recsys_dist.config import Config, digest
+from recsys_dist.data import encoders as fitting
+from recsys_dist.data import stages
+from recsys_dist.data.counts import FITTED_ON, POSITIVE, TRAIN, VALID, Counts
+from recsys_dist.data.entities import Entities
+from recsys_dist.data.examples import World
+from recsys_dist.data.logs import Ledger, LogSpec
+from recsys_dist.data.prepared import MANIFEST, Manifest, Prepared, ShardSet
+from recsys_dist.data.sources.protocol import Source, SourceConfig, open_source, source_config
+from recsys_dist.data.split import SPLITS, Split, check_split, choose_split
+from recsys_dist.errors import ConfigError, DataError, QuarantineError, SourceError
+from recsys_dist.schema import Schema, side
+
+FORMAT = 1  # of the prepared files; raise it when they change, so that old ones are made anew
+EVENTS = "events.json"  # written when events/ is complete
+
+
+class PrepareConfig(Config):
+    """What to prepare and how. Unset choices follow the source, or the log itself."""
+
+    source: SerializeAsAny[SourceConfig]
+    features: Schema | None = Field(None, description="schema to use instead of the source's own")
+    valid_from: dt.date | None = Field(None, description="first validation day; default: the day before test")
+    test_from: dt.date | None = Field(
+        None, description="first test day; default: the source's protocol, or late days"
+    )
+    duplicates: str = Field("quarantine", pattern="^(quarantine|keep)$")
+    max_quarantined: float = Field(
+        0.1, ge=0, le=1, description="fraction of rows, and of parts, that may be refused"
+    )
+    buckets: int = Field(16, ge=1, description="groups of users, each handled by one task at a time")
+    shard_rows: int = Field(65_536, ge=1, description="rows of a training shard, about")
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _by_kind(cls, value: Any) -> Any:
+        return source_config(value) if isinstance(value, dict) else value
+
+
+def prepare(cfg: PrepareConfig, out: str | Path) -> Prepared:
+    """Prepare a log in directory `out`, or return at once what is already there and unchanged.
+
+    Raises SourceError (nothing readable), QuarantineError (too much refused), DataError, ConfigError.
+    """
+    path = Path(out).absolute()
+    source = open_source(cfg.source)
+    schema = cfg.features or source.schema()
+    fingerprint = _fingerprint(cfg, schema, source)
+    if _holds(path / MANIFEST, fingerprint):
+        return Prepared.open(path)
+    if not _holds(path / EVENTS, fingerprint):
+        _clear(path)
+        _write_events(cfg, source, schema, path, fingerprint)
+    found = json.loads((path / EVENTS).read_text())
+    days = {dt.date.fromisoformat(text): rows for text, rows in found["days"].items()}
+    split = _split(cfg, source, sorted(days))
+    buckets = found["buckets"]
+    counts = _count(path, buckets, schema, split)
+    world = _fit(path, source, schema, counts, split)
+    _write_catalogue(path, world, counts)
+    shards = _build(path, buckets, world, split, _shard_counts(days, split, cfg.shard_rows))
+    manifest = Manifest(
+        fingerprint=fingerprint,
+        schema_digest=world.encoders.schema.digest(),
+        vocabulary_digest=world.encoders.digest(),
+        fitted_schema=world.encoders.schema,
+        config={**cfg.model_dump(mode="json"), "split": split.model_dump(mode="json")},
+        splits=shards,
+        ledger=found["ledger"],
+    )
+    _check_complete(manifest, days)
+    stages.write_text(manifest.model_dump_json(indent=1), path / MANIFEST)
+    return Prepared.open(path)
+
+
+def _write_events(cfg: PrepareConfig, source: Source, schema: Schema, path: Path, fingerprint: str) -> None:
+    parts = source.parts()
+    read = stages.ReadPart(source, LogSpec.from_schema(schema), path, cfg.buckets)
+    keep = cfg.duplicates == "keep"
+
+    def read_part(batch: dict[str, Any]) -> Iterator[pa.Table]:
+        for number in batch["item"]:
+            yield from read(int(number), parts[number])
+
+    def write_bucket(table: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist(list(stages.write_bucket(table, path, keep)))
+
+    rows = ray.data.from_items(list(range(len(parts))), override_num_blocks=len(parts)).map_batches(
+        read_part, batch_size=1
+    )
+    written = rows.repartition(cfg.buckets, keys=[stages.BUCKET]).map_batches(
+        write_bucket, batch_format="pyarrow", batch_size=None
+    )
+    buckets = list(_watched(written.iter_rows(), "reading logs", cfg.buckets))
+    ledger = Ledger.merge(
+        Ledger.from_json(json.loads(file.read_text())) for file in sorted(path.glob("ledger/*.json"))
+    ).with_duplicates(sum(row["duplicates"] for row in buckets))
+    ledger.check()
+    stages.write_text(json.dumps(ledger.to_json(), indent=1), path / "ledger.json")
+    _refuse_if_too_bad(cfg, ledger, len(parts), path)
+    shutil.rmtree(path / "ledger")
+    found = {
+        "fingerprint": fingerprint,
+        "buckets": sorted(row["bucket"] for row in buckets if row["kept"]),
+        "days": dict(sum((Counter(json.loads(row["days"])) for row in buckets), Counter())),
+        "ledger": ledger.to_json(),
+    }
+    stages.write_text(json.dumps(found), path / EVENTS)
+
+
+def _count(path: Path, buckets: list[int], schema: Schema, split: Split) -> Counts:
+    rows = _each(buckets, lambda bucket: stages.count_bucket(path, bucket, schema, split))
+    return stages.merge_counts(list(_watched(rows.iter_rows(), "counting values", None)))
+
+
+def _fit(path: Path, source: Source, schema: Schema, counts: Counts, split: Split) -> World:
+    users = Entities.of(
+        source.users(), "user_id", counts.totals("user_id", FITTED_ON)["value"].combine_chunks()
+    )
+    items = Entities.of(
+        source.items(), "item_id", counts.by_column["item_id"]["value"].unique().combine_chunks()
+    )
+    freeze = (split.test_from - dt.date(1970, 1, 1)).days
+    world = World(fitting.fit(schema, counts, users, items, freeze), users, items)
+    world.encoders.save(path / "vocabulary")
+    stages.write_parquet(users.attributes, path / "entities/users.parquet")
+    stages.write_parquet(items.attributes, path / "entities/items.parquet")
+    return world
+
+
+def _write_catalogue(path: Path, world: World, counts: Counts) -> None:
+    schema = world.encoders.schema
+    vocabulary = world.encoders.vocabularies[schema.item_id.name]
+    positions = world.items.positions(vocabulary.values)
+    columns: dict[str, Any] = {
+        "item_id": vocabulary.values,
+        "row": pa.array(range(1, vocabulary.rows), pa.int32()),
+    }
+    for period in (TRAIN, VALID):
+        for name, of in (("positives", f"{POSITIVE}_sum"), ("exposures", "rows")):
+            totals = counts.totals("item_id", (period,), of)
+            at = pc.index_in(vocabulary.values, value_set=totals["value"].combine_chunks())
+            found = pc.fill_null(totals["total"].combine_chunks().take(at), 0)
+            columns[f"{period}_{name}"] = found.cast(pa.int64())
+    for feature in schema.ids:
+        if feature.kind in ("categorical", "bucketed") and side(feature.column) == "item":
+            columns[feature.name] = pa.array(world.item_inputs[feature.name][positions])
+    stages.write_parquet(pa.table(columns), path / "items.parquet")
+
+
+def _build(
+    path: Path, buckets: list[int], world: World, split: Split, shards: dict[str, int]
+) -> dict[str, ShardSet]:
+    schema = world.encoders.schema
+    _ = world.user_inputs, world.item_inputs  # encoded once here, not in every task
+    shared = ray.put(world)
+
+    def build(bucket: int) -> pa.Table:
+        return stages.build_bucket(path, bucket, ray.get(shared), split, shards)
+
+    def write(table: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist(list(stages.write_shards(table, path, schema, shards)))
+
+    total = sum(shards.values())
+    written = _each(buckets, build).repartition(total, keys=[stages.SHARD])
+    rows = written.map_batches(write, batch_format="pyarrow", batch_size=None).iter_rows()
+    made = sorted(_watched(rows, "building examples", None), key=lambda row: row["file"])
+    sets = {
+        name: _shard_set([r for r in made if r["split"] == name])
+        for name in sorted({r["split"] for r in made})
+    }
+    for name in ("valid", "test"):
+        files = sorted((path / "users" / name).glob("part-*.parquet"))
+        lengths = tuple(pq.read_metadata(file).num_rows for file in files)
+        sets[f"users/{name}"] = ShardSet(files=tuple(str(f.relative_to(path)) for f in files), rows=lengths)
+    return sets
+
+
+def _each(buckets: list[int], make: Callable[[int], pa.Table]) -> "ray.data.Dataset":
+    """A task per bucket."""
+
+    def run(batch: dict[str, Any]) -> Iterator[pa.Table]:
+        for bucket in batch["item"]:
+            yield make(int(bucket))
+
+    return ray.data.from_items(buckets, override_num_blocks=len(buckets)).map_batches(run, batch_size=1)
+
+
+def _watched(rows: Iterable[dict[str, Any]], what: str, total: int | None) -> Iterator[dict[str, Any]]:
+    yield from tqdm(rows, desc=what, total=total, disable=None, unit="task", leave=False)
+
+
+def _split(cfg: PrepareConfig, source: Source, days: list[dt.date]) -> Split:
+    test_from = cfg.test_from or source.default_split()
+    if test_from is None and cfg.valid_from is None:
+        return choose_split(days)
+    if test_from is None:
+        raise ConfigError(
+            "valid_from is set without test_from; set both, or neither to choose by the log's days"
+        )
+    earlier = [found for found in days if found < test_from]
+    if not earlier:
+        raise ConfigError(f"test_from {test_from} leaves nothing to train on: the log begins on {days[0]}")
+    split = Split.parse({"valid_from": cfg.valid_from or earlier[-1], "test_from": test_from})
+    check_split(split, days)
+    return split
+
+
+def _shard_counts(days: dict[dt.date, int], split: Split, shard_rows: int) -> dict[str, int]:
+    """Shards of each split: multiples of 8, so that 1, 2, 4 or 8 workers get equally many."""
+    rows = dict.fromkeys(SPLITS, 0)
+    assigned = split.assign(pa.array(list(days), pa.date32()))
+    for which, count in zip(assigned, days.values(), strict=True):
+        rows[SPLITS[which]] += count
+    return {name: 8 * max(1, math.ceil(count / shard_rows / 8)) for name, count in rows.items()}
+
+
+def _shard_set(made: list[dict[str, Any]]) -> ShardSet:
+    kept = [row for row in made if row["rows"]]
+    return ShardSet(
+        files=tuple(row["file"] for row in kept),
+        rows=tuple(row["rows"] for row in kept),
+        first_event=min((row["first"] for row in kept), default=None),
+        last_event=max((row["last"] for row in kept), default=None),
+    )
+
+
+def _refuse_if_too_bad(cfg: PrepareConfig, ledger: Ledger, parts: int, path: Path) -> None:
+    if ledger.kept == 0:
+        raise SourceError(f"no usable row in the log. {ledger.summary()}")
+    for what, bad, of in (("rows", ledger.quarantined, ledger.read), ("files", len(ledger.refused), parts)):
+        if bad > cfg.max_quarantined * of:
+            raise QuarantineError(
+                f"{bad} of {of} {what} refused, over the limit max_quarantined={cfg.max_quarantined}. "
+                f"{ledger.summary()} See {path / 'quarantine'}; mend the log, or raise the limit"
+            )
+
+
+def _check_complete(manifest: Manifest, days: dict[dt.date, int]) -> None:
+    """Every kept row is trained on or held out."""
+    placed = sum(manifest.splits[f"ranking/{name}"].total_rows for name in SPLITS)
+    assert placed == sum(days.values()), f"{placed} examples written of {sum(days.values())} kept"
+    for name in ("ranking/train", "ranking/valid", "ranking/test", "recall/train"):
+        if not manifest.splits[name].total_rows:
+            raise DataError(f"split {name!r} is empty; choose other days with valid_from and test_from")
+
+
+def _fingerprint(cfg: PrepareConfig, schema: Schema, source: Source) -> str:
+    """Of all that the result depends on: settings, schema, code format, and the raw files as they are now."""
+    files = {}
+    for part in source.parts():
+        if part.file and "://" not in part.file:
+            stat = Path(part.file).stat()
+            files[part.file] = [stat.st_size, stat.st_mtime_ns]
+    tables = [_table_digest(table) for table in (source.users(), source.items())]
+    parts = [part.name for part in source.parts()]
+    return digest([FORMAT, __version__, cfg.model_dump(mode="json"), schema.digest(), parts, files, tables])
+
+
+def _table_digest(table: pa.Table | None) -> str:
+    seen = hashlib.sha256()
+    for batch in table.to_batches() if table is not None else ():
+        seen.update(batch.serialize())
+    return seen.hexdigest()
+
+
+def _holds(file: Path, fingerprint: str) -> bool:
+    return file.is_file() and json.loads(file.read_text())["fingerprint"] == fingerprint
+
+
+def _clear(path: Path) -> None:
+    """Remove what an earlier or unfinished preparation left; refuse a directory that holds anything else."""
+    made = {"ledger", "events", "quarantine", "vocabulary", "entities", "ranking", "recall", "users"}
+    files = {MANIFEST, EVENTS, "ledger.json", "items.parquet"}
+    foreign = sorted(p.name for p in path.iterdir() if p.name not in made | files) if path.is_dir() else []
+    if foreign:
+        raise DataError(
+            f"{str(path)!r} holds {foreign[0]!r}, which is no prepared data; choose an empty directory"
+        )
+    for name in files:  # the manifest first: from here on nothing half-removed is taken for a data set
+        (path / name).unlink(missing_ok=True)
+    for name in made:
+        shutil.rmtree(path / name, ignore_errors=True)
+    path.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,89 @@
+"""A prepared data set on disk: where its files are and what its manifest says."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recsys_dist.config import Config
+from recsys_dist.data.encoders import Encoders
+from recsys_dist.errors import DataError
+from recsys_dist.schema import Schema
+
+MANIFEST = "manifest.json"
+
+
+class ShardSet(Config):
+    """Files of one folder, relative to the data set, with the rows of each and the time they span."""
+
+    files: tuple[str, ...]
+    rows: tuple[int, ...]
+    first_event: str | None = None
+    last_event: str | None = None
+
+    @property
+    def total_rows(self) -> int:
+        return sum(self.rows)
+
+
+class Manifest(Config):
+    """Written last, so that a directory without one is not a data set."""
+
+    fingerprint: str  # of the configuration and the raw files: the same again means nothing to do
+    schema_digest: str
+    vocabulary_digest: str
+    fitted_schema: Schema
+    config: dict[str, Any]
+    splits: dict[str, ShardSet]  # "ranking/train", "recall/valid", "users/test", ...
+    ledger: dict[str, Any]
+
+    @property
+    def data_digest(self) -> str:
+        """Identity of the prepared rows for trackers: same raw files, same configuration."""
+        return self.fingerprint
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An opened data set. `Prepared.open` raises DataError for a directory that is not one."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Prepared":
+        file = Path(path) / MANIFEST
+        if not file.is_file():
+            raise DataError(
+                f"{str(path)!r} holds no prepared data ({MANIFEST} is missing); "
+                "make it with: python -m jobs.prepare"
+            )
+        return cls(Path(path), Manifest.parse(json.loads(file.read_text())))
+
+    @property
+    def schema(self) -> Schema:
+        return self.manifest.fitted_schema
+
+    def shards(self, name: str) -> ShardSet:
+        """The files of a split such as `"ranking/train"`; DataError names those there are."""
+        if name not in self.manifest.splits:
+            known = ", ".join(sorted(self.manifest.splits))
+            raise DataError(f"prepared data {str(self.path)!r} has no split {name!r}; it has: {known}")
+        return self.manifest.splits[name]
+
+    def files(self, name: str) -> list[str]:
+        """Absolute paths of a split's files."""
+        return [str(self.path.resolve() / file) for file in self.shards(name).files]
+
+    @cached_property
+    def items(self) -> pa.Table:
+        """The catalogue in table-row order from row 1: `item_id, row, train_positives, ...`."""
+        return pq.read_table(self.path / "items.parquet")
+
+    @cached_property
+    def encoders(self) -> Encoders:
+        return Encoders.load(self.path / "vocabulary")

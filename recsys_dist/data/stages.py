@@ -1,0 +1,175 @@
+"""The steps of preparation, each from one table or part to files; `pipeline` runs them in parallel.
+
+Every file is written under another name and renamed, and named by what it holds, so a step that
+is run again after a kill writes the same files and nothing half-written is ever read.
+"""
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from recsys_dist.data import logs, transforms
+from recsys_dist.data.counts import Counts
+from recsys_dist.data.examples import World, examples, sort_events, user_states
+from recsys_dist.data.logs import Ledger, LogSpec
+from recsys_dist.data.sources.protocol import Part, Source
+from recsys_dist.data.split import SPLITS, Split
+from recsys_dist.errors import SourceError
+from recsys_dist.schema import Schema
+
+BUCKET, SHARD = "bucket", "shard"
+ROW_BITS = 32  # row_id = shard << 32 | row within the shard
+
+
+@dataclass(frozen=True)
+class ReadPart:
+    """Read and validate one part of a source: rows go on, refused rows to `quarantine/`, counts to `ledger/`."""
+
+    source: Source
+    spec: LogSpec
+    out: Path
+    buckets: int
+
+    def __call__(self, number: int, part: Part) -> Iterator[pa.Table]:
+        ledger = Ledger()
+        quarantined: list[pa.Table] = []
+        try:
+            for chunk in self.source.read(part):
+                checked = logs.validate(chunk, self.spec, part.name, self.source.timestamp_unit)
+                ledger = ledger.add(part.name, checked)
+                quarantined.append(checked.quarantined)
+                yield with_bucket(checked.kept, self.buckets)
+        except SourceError as error:
+            ledger = ledger.refuse(part.name, str(error))
+        refused = [table for table in quarantined if len(table)]
+        if refused:
+            write_parquet(pa.concat_tables(refused), self.out / f"quarantine/part-{number:05d}.parquet")
+        write_text(json.dumps(ledger.to_json()), self.out / f"ledger/part-{number:05d}.json")
+
+
+def with_bucket(events: pa.Table, buckets: int) -> pa.Table:
+    """Add the bucket that holds all events of a user."""
+    hashed = transforms.hash_array(np.asarray(events["user_id"].combine_chunks()))
+    return events.append_column(BUCKET, pa.array((hashed % np.uint64(buckets)).astype(np.int32)))
+
+
+def write_bucket(events: pa.Table, out: Path, keep_duplicates: bool) -> Iterator[dict[str, object]]:
+    """Sort and deduplicate the buckets in `events`; write the canonical log, a file per day and bucket."""
+    for bucket in pc.unique(events[BUCKET]).to_pylist():
+        chosen = sort_events(events.filter(pc.equal(events[BUCKET], bucket)).drop_columns([BUCKET]))
+        repeated = logs.duplicates(chosen)
+        if keep_duplicates:
+            repeated[:] = False
+        if repeated.any():
+            refused = logs.quarantine(chosen.filter(pa.array(repeated)), f"bucket {bucket}", "duplicate")
+            write_parquet(refused, out / f"quarantine/duplicates-{bucket:05d}.parquet")
+        kept = chosen.filter(pa.array(~repeated))
+        for day in pc.unique(kept["date"]).to_pylist():
+            of_day = kept.filter(pc.equal(kept["date"], day)).drop_columns(["date"])
+            write_parquet(of_day, out / f"events/date={day}/bucket-{bucket:05d}.parquet")
+        examples_per_day = pc.value_counts(kept.filter(pc.invert(kept["history"]))["date"].cast(pa.string()))
+        yield {
+            "bucket": bucket,
+            "kept": len(kept),
+            "duplicates": int(repeated.sum()),
+            "days": json.dumps({row["values"]: row["counts"] for row in examples_per_day.to_pylist()}),
+        }
+
+
+def read_bucket(out: Path, bucket: int) -> pa.Table:
+    """All events of a bucket, sorted by user and time."""
+    tables = []
+    for file in sorted(out.glob(f"events/date=*/bucket-{bucket:05d}.parquet")):
+        day = pa.scalar(file.parent.name.removeprefix("date=")).cast(pa.date32())
+        table = pq.read_table(file, partitioning=None)
+        tables.append(table.append_column("date", pa.repeat(day, len(table))))
+    return sort_events(pa.concat_tables(tables, promote_options="default"))
+
+
+def count_bucket(out: Path, bucket: int, schema: Schema, split: Split) -> pa.Table:
+    """Counts of one bucket as rows `column, ipc`, for `merge_counts`."""
+    counts = Counts.of(read_bucket(out, bucket), schema, split)
+    return pa.table(
+        {
+            "column": pa.array(counts.by_column.keys()),
+            "ipc": pa.array([_to_ipc(table) for table in counts.by_column.values()], pa.large_binary()),
+        }
+    )
+
+
+def merge_counts(rows: list[dict[str, object]]) -> Counts:
+    """The counts of all buckets from the rows that `count_bucket` gave."""
+    return Counts.merge(
+        Counts({str(row["column"]): pa.ipc.open_stream(row["ipc"]).read_all()}) for row in rows
+    )
+
+
+def build_bucket(out: Path, bucket: int, world: World, split: Split, shards: dict[str, int]) -> pa.Table:
+    """Examples of one bucket with the shard each goes to; its users' states are written on the way."""
+    events = read_bucket(out, bucket)
+    for name in ("valid", "test"):
+        states = user_states(events, world, split, name)
+        write_parquet(states, out / f"users/{name}/part-{bucket:05d}.parquet")
+    table = examples(events, world, split)
+    per_split = np.array([shards[name] for name in SPLITS])
+    first = np.r_[0, np.cumsum(per_split)[:-1]]
+    which = np.asarray(table["split"])
+    order = np.asarray(table["order"])
+    shard = first[which] + (order % per_split[which].astype(np.uint64)).astype(np.int64)
+    return table.append_column(SHARD, pa.array(shard.astype(np.int32)))
+
+
+def write_shards(
+    table: pa.Table, out: Path, schema: Schema, shards: dict[str, int]
+) -> Iterator[dict[str, object]]:
+    """Shuffle the shards in `table` and write each; the positives among training days once more for recall."""
+    for shard in pc.unique(table[SHARD]).to_pylist():
+        rows = table.filter(pc.equal(table[SHARD], shard)).sort_by("order")
+        name = SPLITS[rows["split"][0].as_py()]
+        number = shard - sum(shards[s] for s in SPLITS[: SPLITS.index(name)])
+        row_id = (np.int64(shard) << ROW_BITS) + np.arange(len(rows))
+        rows = rows.append_column("row_id", pa.array(row_id))
+        positive = rows["positive"]
+        rows = rows.drop_columns([SHARD, "split", "positive", "order"])
+        yield _write_shard(rows, out, f"ranking/{name}", number)
+        if name != "test":
+            yield _write_shard(rows.filter(positive), out, f"recall/{name}", number)
+
+
+def _write_shard(rows: pa.Table, out: Path, name: str, number: int) -> dict[str, object]:
+    file = f"{name}/part-{number:05d}.parquet"
+    write_parquet(rows, out / file)
+    ends = pc.min_max(rows["timestamp"]).as_py() if len(rows) else {"min": None, "max": None}
+    stamps = {key: str(value) if value else None for key, value in ends.items()}
+    return {"split": name, "file": file, "rows": len(rows), "first": stamps["min"], "last": stamps["max"]}
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """Whole or not at all. Integers are plain and lightly compressed: readers decode them every epoch."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    pq.write_table(table, partial, compression="lz4", use_dictionary=False, write_page_checksum=True)
+    partial.replace(path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _to_ipc(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()

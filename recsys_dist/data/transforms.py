@@ -1,0 +1,129 @@
+"""Pure column functions from raw values to model inputs, shared by the offline pipeline and online requests.
+
+Each takes whole columns and returns a numpy array with a value per row; none knows where the
+column came from. n rows.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pandas.util import hash_array
+
+DAY_US = 86_400_000_000
+HOUR_US = 3_600_000_000
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Standardisation fitted on training rows: (x - mean) / deviation, after log1p where `log`."""
+
+    mean: float
+    deviation: float
+    log: bool
+
+    @classmethod
+    def fit(cls, values: np.ndarray, counts: np.ndarray, log: bool) -> "Scale":
+        """From values that occurred `counts` times; NaN values are missing and count for nothing."""
+        known = np.isfinite(values) & (counts > 0)
+        if not known.any():
+            return cls(0.0, 1.0, log)
+        x, weight = _logged(values[known], log), counts[known]
+        mean = float(np.average(x, weights=weight))
+        deviation = float(np.sqrt(np.average((x - mean) ** 2, weights=weight)))
+        return cls(mean, deviation or 1.0, log)
+
+
+def standardise(column: pa.Array | pa.ChunkedArray, scale: Scale) -> np.ndarray:
+    """[n] float32; a missing value becomes 0, the mean."""
+    x = _logged(floats(column), scale.log)
+    return np.nan_to_num((x - scale.mean) / scale.deviation, nan=0.0).astype(np.float32)
+
+
+def quantile_bounds(values: np.ndarray, counts: np.ndarray, buckets: int) -> np.ndarray:
+    """Ascending inner bounds that cut the counted values into at most `buckets` equally full buckets."""
+    known = np.isfinite(values) & (counts > 0)
+    order = np.argsort(values[known], kind="stable")
+    x, weight = values[known][order], counts[known][order]
+    if not len(x):
+        return np.empty(0)
+    below = np.cumsum(weight) / weight.sum()
+    at = np.searchsorted(below, np.arange(1, buckets) / buckets)
+    return np.unique(x[np.minimum(at, len(x) - 1)])
+
+
+def bucketise(column: pa.Array | pa.ChunkedArray, bounds: np.ndarray) -> np.ndarray:
+    """[n] int32 in 1..len(bounds)+1; row 0 where the value is missing."""
+    x = floats(column)
+    rows = 1 + np.searchsorted(bounds, x, side="left")
+    return np.where(np.isfinite(x), rows, 0).astype(np.int32)
+
+
+def hash_rows(column: pa.Array | pa.ChunkedArray, buckets: int) -> np.ndarray:
+    """[n] int32 in 1..buckets by a hash that is the same in every process; row 0 where null."""
+    text = column.cast(pa.string())
+    flat = text.combine_chunks() if isinstance(text, pa.ChunkedArray) else text
+    hashed = hash_array(flat.fill_null("").to_numpy(zero_copy_only=False))
+    rows = 1 + (hashed % np.uint64(buckets)).astype(np.int64)
+    return np.where(flat.is_null().to_numpy(zero_copy_only=False), 0, rows).astype(np.int32)
+
+
+def cross(parts: list[np.ndarray], buckets: int) -> np.ndarray:
+    """[n] int32 in 1..buckets: the hashed combination of id columns; row 0 where any part is unknown."""
+    mixed = np.zeros(len(parts[0]), np.uint64)
+    known = np.ones(len(parts[0]), bool)
+    for part in parts:
+        mixed = mix(mixed ^ part.astype(np.uint64))
+        known &= part > 0
+    rows = 1 + (mixed % np.uint64(buckets)).astype(np.int64)
+    return np.where(known, rows, 0).astype(np.int32)
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """[n] uint64: the finaliser of splitmix64 (Steele et al., OOPSLA 2014), a bijection that scatters bits."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def hour(timestamp_us: np.ndarray, utc_offset_hours: float) -> np.ndarray:
+    """[n] int32: local hour + 1, in 1..24."""
+    return (1 + (timestamp_us + int(utc_offset_hours * HOUR_US)) // HOUR_US % 24).astype(np.int32)
+
+
+def weekday(timestamp_us: np.ndarray, utc_offset_hours: float) -> np.ndarray:
+    """[n] int32: local weekday + 1, Monday first, in 1..7; the Unix epoch was a Thursday."""
+    return (1 + (day(timestamp_us, utc_offset_hours) + 3) % 7).astype(np.int32)
+
+
+def day(timestamp_us: np.ndarray, utc_offset_hours: float) -> np.ndarray:
+    """[n] int64: local days since the epoch."""
+    return (timestamp_us + int(utc_offset_hours * HOUR_US)) // DAY_US
+
+
+def past_count(count: np.ndarray) -> np.ndarray:
+    """[n] float32: log1p of how often the key was seen before."""
+    return np.log1p(count).astype(np.float32)
+
+
+def past_rate(count: np.ndarray, positives: np.ndarray, prior: float, smoothing: float) -> np.ndarray:
+    """[n] float32: log-odds of the smoothed past label rate, less the log-odds of the prior.
+
+    rate = (positives + smoothing x prior) / (count + smoothing); 0 where nothing was seen.
+    """
+    prior = float(np.clip(prior, 1e-6, 1 - 1e-6))
+    rate = (positives + smoothing * prior) / (count + smoothing)
+    return (np.log(rate / (1 - rate)) - np.log(prior / (1 - prior))).astype(np.float32)
+
+
+def floats(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """[n] float64 with NaN for null."""
+    cast = pc.cast(column, pa.float64())
+    flat = cast.combine_chunks() if isinstance(cast, pa.ChunkedArray) else cast
+    return flat.to_numpy(zero_copy_only=False)
+
+
+def _logged(x: np.ndarray, log: bool) -> np.ndarray:
+    return np.log1p(np.maximum(x, 0)) if log else x

@@ -1,0 +1,36 @@
+"""Losses as pure functions of logits: one value per row, unweighted and unreduced.
+
+B rows, S sampled negatives shared by all rows
+"""
+
+import torch
+from torch.nn import functional as F
+
+
+def binary_cross_entropy(logit_B: torch.Tensor, label_B: torch.Tensor) -> torch.Tensor:
+    """[B]  log(1 + exp(z)) - y·z, which is -y log p - (1 - y) log(1 - p) at p = sigmoid(z)."""
+    return F.binary_cross_entropy_with_logits(logit_B, label_B, reduction="none")
+
+
+def sampled_softmax(
+    positive_B: torch.Tensor,
+    negative_BS: torch.Tensor,
+    log_q_positive_B: torch.Tensor,
+    log_q_negative_S: torch.Tensor,
+    hit_BS: torch.Tensor,
+) -> torch.Tensor:
+    """[B]  -log( exp(s⁺) / (exp(s⁺) + Σ_j exp(s_j)) ),  where s = logit - log q(item).
+
+    Subtracting each candidate's log-probability of being drawn makes the sampled softmax estimate the
+    full one: Bengio & Senécal 2008 (IEEE TNN 19:4), Jean et al. 2015 (arXiv 1412.2007 §3.1); for
+    recommenders Covington et al. 2016 and Yi et al. 2019 (RecSys). Expected counts S·q in place of q
+    change nothing: log S cancels.
+
+    `hit_BS` marks accidental hits, negatives that are the row's own positive; they are left out.
+    Computed as softplus(logsumexp_j s_j - s⁺), which overflows for no finite logits.
+    """
+    corrected_BS = negative_BS - log_q_negative_S
+    # finite, not -inf: a row whose negatives are all hits has loss 0 and gradient 0 instead of NaN
+    floor = torch.finfo(corrected_BS.dtype).min / 4
+    others_B = corrected_BS.masked_fill(hit_BS, floor).logsumexp(dim=1)
+    return F.softplus(others_B - (positive_B - log_q_positive_B))

@@ -1,0 +1,106 @@
+"""Wide & Deep (Cheng et al. 2016, arXiv 1606.07792): memorise crosses, generalise by embeddings.
+
+    P(y = 1 | x) = sigmoid( w_wide·[x, φ(x)] + w_deep·a(x) + b )                               (eq. 3)
+
+φ are the cross-product transformations (`Cross` features of the schema), a the last layer of a ReLU
+tower over embeddings and dense floats; both parts are trained jointly, each by its own optimizer.
+The paper's FTRL with L1 for the wide part is the trainer's choice for the "wide" table group.
+
+B rows, D embedding dimension, F features
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+from torchrec import PoolingType
+
+from recsys_dist.batch import Batch
+from recsys_dist.errors import ConfigError
+from recsys_dist.models.layers import MLP, Activation, embedding_tables, normal, pooled
+from recsys_dist.models.losses import binary_cross_entropy
+from recsys_dist.models.protocol import Catalogue, ModelConfig, Task
+from recsys_dist.schema import IdFeature, Schema
+
+
+class Config(ModelConfig):
+    name: Literal["wide_deep"] = "wide_deep"
+    features: tuple[str, ...] | None = Field(None, description="features to read; None reads all")
+    wide: tuple[str, ...] | None = Field(
+        None, description="id features of the wide part; None takes all crosses and all single ids"
+    )
+    embedding_dim: int = Field(16, ge=1)
+    embedding_std: float = Field(0.01, ge=0, description="deep tables start as N(0, std²)")
+    hidden: tuple[int, ...] = (256, 128)
+    activation: Activation = "relu"
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class Model(nn.Module):
+    """Logits of `schema.ranking_label`; see the module's docstring for the equation."""
+
+    task: ClassVar[Task] = "ranking"
+
+    def __init__(self, cfg: Config, schema: Schema, catalogue: Catalogue | None = None) -> None:
+        super().__init__()
+        del catalogue  # a ranker knows items by their features alone
+        self.label = schema.ranking_label
+        deep = _deep_features(schema)
+        self.deep_names = [feature.name for feature in deep]
+        self.deep_tables = embedding_tables(schema, deep, cfg.embedding_dim, normal(cfg.embedding_std))
+        inputs = len(deep) * cfg.embedding_dim + len(schema.dense)
+        self.tower = MLP(inputs, cfg.hidden, cfg.activation, cfg.dropout, out=1)
+        wide = _wide_features(schema, cfg)
+        self.wide_tables = (
+            # a linear model over one-hot ids is a table of dimension 1; it starts at zero
+            embedding_tables(schema, wide, 1, nn.init.zeros_, PoolingType.SUM, prefix="wide_")
+            if wide
+            else None
+        )
+
+    @staticmethod
+    def inputs(schema: Schema, cfg: Config) -> Schema:
+        """All features, or those that `cfg.features` names; ConfigError where the deep part has no id."""
+        read = schema if cfg.features is None else schema.select(cfg.features)
+        if not _deep_features(read):
+            raise ConfigError("wide_deep: its deep part has no id feature to embed; crosses go wide only")
+        _wide_features(read, cfg)
+        return read
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """[B] logits."""
+        embedded = pooled(self.deep_tables(batch.sparse), self.deep_names)
+        # the bias of the tower's last layer is eq. 3's b
+        logit_B = self.tower(torch.cat([embedded, batch.dense], dim=1)).squeeze(1)
+        if self.wide_tables is not None:
+            logit_B = logit_B + self.wide_tables(batch.sparse).values().sum(dim=1)
+        return logit_B
+
+    def loss(self, batch: Batch, step: int) -> torch.Tensor:
+        """[B] binary cross-entropy of each row."""
+        del step  # nothing is sampled
+        return binary_cross_entropy(self(batch), batch.labels[self.label])
+
+    def table_groups(self) -> Mapping[str, list[nn.Parameter]]:
+        """`"deep"`: embeddings; `"wide"`: the linear part's weights."""
+        groups = {"deep": list(self.deep_tables.parameters())}
+        if self.wide_tables is not None:
+            groups["wide"] = list(self.wide_tables.parameters())
+        return groups
+
+
+def _deep_features(schema: Schema) -> list[IdFeature]:
+    """Every id feature but the crosses, which the paper gives to the wide part alone."""
+    return [feature for feature in schema.ids if feature not in schema.crosses]
+
+
+def _wide_features(schema: Schema, cfg: Config) -> list[IdFeature]:
+    if cfg.wide is None:
+        return list(schema.singles)
+    chosen = [schema[name] for name in cfg.wide]  # an unknown name is an error that names the nearest
+    for feature in chosen:
+        if not isinstance(feature, IdFeature):
+            raise ConfigError(f"wide_deep: wide feature {feature.name!r} is {feature.kind}; only ids go wide")
+    return [feature for feature in chosen if isinstance(feature, IdFeature)]

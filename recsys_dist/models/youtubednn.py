@@ -1,0 +1,166 @@
+"""YoutubeDNN recall (Covington, Adams & Sargin 2016, RecSys, doi 10.1145/2959100.2959190, §3).
+
+    P(item = i | user) = exp(v_i·u) / Σ_j exp(v_j·u)
+
+u is a tower over the mean of the watched items' embeddings and other user and context features; v is
+the softmax's own weight, a second item table. Trained by a softmax over the positive and S negatives
+that all rows of the global batch share, drawn from q ∝ (positives + 1)^alpha and corrected by log q.
+
+B rows, S negatives, D dimension of the shared space, I rows of the item table
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+from torch.nn import functional as F
+from torchrec import KeyedJaggedTensor
+
+from recsys_dist.batch import Batch
+from recsys_dist.config import rng_for
+from recsys_dist.errors import ConfigError
+from recsys_dist.models.layers import MLP, Activation, embedding_tables, normal, pooled
+from recsys_dist.models.losses import sampled_softmax
+from recsys_dist.models.protocol import Catalogue, ModelConfig, Task
+from recsys_dist.schema import Schema
+
+_LOOKUP_ROWS = 65_536  # item_vectors looks the table up in blocks: the all-to-all's buffers stay bounded
+
+
+class Config(ModelConfig):
+    name: Literal["youtubednn"] = "youtubednn"
+    features: tuple[str, ...] | None = Field(
+        None, description="user and context features to read; None reads all of them"
+    )
+    embedding_dim: int = Field(32, ge=1, description="of the input tables")
+    embedding_std: float = Field(0.01, gt=0, description="all tables start as N(0, std²)")
+    hidden: tuple[int, ...] = (256, 128)
+    activation: Activation = "relu"
+    dropout: float = Field(0.0, ge=0, lt=1)
+    output_dim: int = Field(32, ge=1, description="D, of the user and item vectors")
+    output_activation: bool = Field(
+        False, description="activate the user vector too, as the paper's last ReLU layer is"
+    )
+    normalise: bool = Field(False, description="cosine instead of inner product")
+    temperature: float = Field(1.0, gt=0, description="logits are divided by it in training")
+    item_bias: bool = Field(False, description="a learned popularity term, as one more dimension")
+    negatives: int = Field(1024, ge=1, description="S, drawn anew for every global batch")
+    negatives_alpha: float = Field(0.75, ge=0, description="0 draws uniformly, 1 by popularity")
+    negatives_seed: int = 0
+
+    @model_validator(mode="after")
+    def _compatible(self) -> "Config":
+        if self.normalise and self.item_bias:
+            raise ValueError("item_bias has no meaning for vectors of length 1; switch normalise off")
+        return self
+
+
+class Model(nn.Module):
+    """Vectors of users and items; see the module's docstring for the equation."""
+
+    task: ClassVar[Task] = "recall"
+
+    def __init__(self, cfg: Config, schema: Schema, catalogue: Catalogue) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.item = schema.item_id.name
+        # a sequence brings the item feature whose table it shares; the tower must not see that one
+        read = [f for f in schema.ids if "item" not in schema.sides(f)]
+        self.names = [feature.name for feature in read]
+        self.tables = embedding_tables(schema, read, cfg.embedding_dim, normal(cfg.embedding_std))
+        inputs = len(read) * cfg.embedding_dim + len(schema.dense)
+        if cfg.output_activation:
+            self.tower = MLP(inputs, (*cfg.hidden, cfg.output_dim), cfg.activation, cfg.dropout)
+        else:
+            self.tower = MLP(inputs, cfg.hidden, cfg.activation, cfg.dropout, out=cfg.output_dim)
+        vector_dim = cfg.output_dim + int(cfg.item_bias)
+        self.item_tables = embedding_tables(
+            schema, [schema.item_id], vector_dim, normal(cfg.embedding_std), prefix="output_"
+        )
+        q_I = negative_distribution(catalogue.positives, cfg.negatives_alpha)
+        self._cumulative_I = np.cumsum(q_I)
+        # row 0 is neither drawn nor learned, so its log q is only kept finite; follows from the catalogue
+        log_q_I = torch.from_numpy(np.log(np.maximum(q_I, np.finfo(np.float64).tiny))).float()
+        self.register_buffer("log_q_I", log_q_I, persistent=False)
+        self.log_q_I: torch.Tensor
+
+    @staticmethod
+    def inputs(schema: Schema, cfg: Config) -> Schema:
+        """User and context features and the item's id; ConfigError where there is no history of items."""
+        mine = [f.name for f in schema.features if "item" not in schema.sides(f)]
+        for name in cfg.features or ():
+            if schema[name].name not in mine:
+                raise ConfigError(f"youtubednn: {name!r} belongs to the item; a user tower cannot read it")
+        chosen = mine if cfg.features is None else [*cfg.features]
+        of = {schema.table(f) for f in schema.sequences if f.name in chosen}
+        if not of:
+            raise ConfigError("youtubednn: needs a sequence feature, the user's past items, and has none")
+        return schema.select({*chosen, *of, schema.item_id.name})
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """[B, D] user vectors, [B, D + 1] with `item_bias` (the last entry is 1)."""
+        embedded = pooled(self.tables(batch.sparse), self.names)
+        user_BD = self.tower(torch.cat([embedded, batch.dense], dim=1))
+        if self.cfg.normalise:
+            return F.normalize(user_BD, dim=1)
+        return F.pad(user_BD, (0, 1), value=1.0) if self.cfg.item_bias else user_BD
+
+    def item_vectors(self) -> torch.Tensor:
+        """[I, D] item vectors; on sharded tables every worker calls it together and gets them all."""
+        rows = torch.arange(self.log_q_I.shape[0], dtype=torch.int32, device=self.log_q_I.device)
+        blocks = [self._lookup(block, torch.ones_like(block)) for block in torch.split(rows, _LOOKUP_ROWS)]
+        return torch.cat(blocks)
+
+    def loss(self, batch: Batch, step: int) -> torch.Tensor:
+        """[B] sampled softmax; 0 where the positive is unknown (row 0), which nothing can recommend."""
+        positive_B = _one_id(batch.sparse, self.item)
+        negative_S = torch.from_numpy(self.sample(step)).to(positive_B.device)
+        # one lookup, and so one exchange between workers, for positives and negatives together
+        jagged = batch.sparse[self.item]
+        ids = torch.cat([jagged.values(), negative_S])
+        vectors = self._lookup(ids, torch.cat([jagged.lengths(), torch.ones_like(negative_S)]))
+        positive_BD, negative_SD = vectors[: batch.rows], vectors[batch.rows :]
+        user_BD = self(batch) / self.cfg.temperature
+        loss_B = sampled_softmax(
+            (user_BD * positive_BD).sum(dim=1),
+            user_BD @ negative_SD.T,
+            self.log_q_I[positive_B],
+            self.log_q_I[negative_S],
+            positive_B[:, None] == negative_S[None, :],
+        )
+        return loss_B * (positive_B > 0)
+
+    def sample(self, step: int) -> np.ndarray:
+        """[S] int32 item rows ≥ 1, with replacement: the same on every worker for the same step."""
+        uniform_S = rng_for(self.cfg.negatives_seed, "negatives", step).random(self.cfg.negatives)
+        drawn_S = np.searchsorted(self._cumulative_I, uniform_S * self._cumulative_I[-1], side="right")
+        return drawn_S.astype(np.int32)
+
+    def table_groups(self) -> Mapping[str, list[nn.Parameter]]:
+        """`"deep"`: the input tables and the softmax's item table."""
+        return {"deep": [*self.tables.parameters(), *self.item_tables.parameters()]}
+
+    def _lookup(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """[len(lengths), D] item vectors; a length of 0 (padding) gives zeros."""
+        jagged = KeyedJaggedTensor(keys=[self.item], values=ids, lengths=lengths)
+        vectors = self.item_tables(jagged).values()
+        return F.normalize(vectors, dim=1) if self.cfg.normalise else vectors
+
+
+def negative_distribution(positives_I: torch.Tensor, alpha: float) -> np.ndarray:
+    """[I] float64: q ∝ (positives + 1)^alpha over rows ≥ 1, and 0 for the unknown row 0."""
+    mass_I = (positives_I.cpu().numpy().astype(np.float64) + 1.0) ** alpha
+    mass_I[0] = 0.0
+    if mass_I.shape[0] < 2:
+        raise ConfigError("youtubednn: the catalogue has no item besides the unknown one")
+    return mass_I / mass_I.sum()
+
+
+def _one_id(sparse: KeyedJaggedTensor, name: str) -> torch.Tensor:
+    """[B] the single id of each row; 0 where it has none, as in padding."""
+    jagged = sparse[name]
+    ids = torch.cat([jagged.values(), jagged.values().new_zeros(1)])
+    return ids[jagged.offsets()[:-1].long()] * jagged.lengths()

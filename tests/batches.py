@@ -1,0 +1,80 @@
+"""Small random batches for any schema, and the small schema that model tests share."""
+
+import numpy as np
+import torch
+from torchrec import KeyedJaggedTensor
+
+from recsys_dist.batch import Batch
+from recsys_dist.schema import Categorical, Cross, Label, Numeric, Schema, Sequence, Time
+
+ROWS = {"user": 30, "item": 40, "author": 12, "hour": 25, "user_x_author": 64}
+
+
+def small_schema() -> Schema:
+    """Every kind of input a model can meet: ids of all sides, a cross, two sequences, two floats."""
+    schema = Schema(
+        features=(
+            Categorical(name="user", column="user_id"),
+            Categorical(name="item", column="item_id"),
+            Categorical(name="author", column="items.author_id"),
+            Time(name="hour", part="hour"),
+            Cross(name="user_x_author", of=("user", "author"), hash_buckets=64),
+            Sequence(name="watched", of="item", where="click", max_length=5),
+            Sequence(name="watched_authors", of="author", where="click", max_length=5),
+            Numeric(name="age", column="users.age"),
+            Numeric(name="duration", column="items.duration"),
+        ),
+        labels=(Label(name="click"), Label(name="like")),
+        ranking_label="click",
+        recall_positive=("click",),
+    )
+    return schema.fitted(ROWS)
+
+
+def random_batch(
+    schema: Schema, rows: int, rng: np.random.Generator, columns: dict[str, np.ndarray] | None = None
+) -> Batch:
+    """Uniform ids from row 1, 0..max_length ids a sequence, normal floats, fair-coin labels.
+
+    `columns` fixes single ids, floats or labels by name: [rows] each.
+    """
+    fixed = columns or {}
+    values, lengths = [], []
+    for feature in schema.ids:
+        assert feature.rows is not None
+        longest = feature.max_length if isinstance(feature, Sequence) else None
+        length = rng.integers(0, longest + 1, rows) if longest else np.ones(rows, np.int64)
+        ids = fixed[feature.name] if feature.name in fixed else rng.integers(1, feature.rows, length.sum())
+        values.append(ids)
+        lengths.append(length)
+    sparse = KeyedJaggedTensor(
+        keys=[feature.name for feature in schema.ids],
+        values=torch.from_numpy(np.concatenate(values).astype(np.int32)),
+        lengths=torch.from_numpy(np.concatenate(lengths).astype(np.int32)),
+    )
+    dense = [fixed[f.name] if f.name in fixed else rng.normal(size=rows) for f in schema.dense]
+    labels = {
+        label.name: fixed[label.name] if label.name in fixed else rng.integers(0, 2, rows)
+        for label in schema.labels
+    }
+    return Batch(
+        dense=torch.from_numpy(np.reshape(np.array(dense, np.float32).T, (rows, len(dense)))),
+        sparse=sparse,
+        labels={name: torch.from_numpy(np.asarray(y, np.float32)) for name, y in labels.items()},
+        weight=torch.ones(rows),
+        row_id=torch.arange(rows),
+    )
+
+
+def take(batch: Batch, index: torch.Tensor) -> Batch:
+    """The rows of `batch` at `index`, in that order."""
+    keys = batch.sparse.keys()
+    parts = [batch.sparse[key].to_dense() for key in keys]
+    chosen = [part[i] for part in parts for i in index.tolist()]
+    sparse = KeyedJaggedTensor(
+        keys=keys,
+        values=torch.cat(chosen) if chosen else batch.sparse.values()[:0],
+        lengths=torch.tensor([len(ids) for ids in chosen], dtype=torch.int32),
+    )
+    labels = {name: label[index] for name, label in batch.labels.items()}
+    return Batch(batch.dense[index], sparse, labels, batch.weight[index], batch.row_id[index])

@@ -1,0 +1,139 @@
+"""Every file of `models/` that defines a model keeps the same promises, on the same small schema."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from recsys_dist.batch import Batch
+from recsys_dist.config import rng_for
+from recsys_dist.models.layers import materialise
+from recsys_dist.models.protocol import Catalogue, model_module, model_names
+from recsys_dist.schema import Schema
+from tests.batches import random_batch, small_schema, take
+
+pytestmark = pytest.mark.parametrize("name", model_names())
+
+
+def build(name: str, seed: int = 0) -> tuple[Any, Schema]:
+    """The model with its default config on the small schema, and the schema it reads."""
+    module = model_module(name)
+    cfg = module.Config()
+    schema = module.Model.inputs(small_schema(), cfg)
+    torch.manual_seed(seed)
+    positives = torch.arange(schema.item_id.rows or 0)
+    return materialise(module.Model(cfg, schema, Catalogue(positives))), schema
+
+
+def outputs(model: Any, batch: Batch) -> torch.Tensor:
+    """Scores of a ranker, vectors of a recall model: what `forward` returns, without dropout."""
+    model.eval()
+    with torch.no_grad():
+        return model(batch)
+
+
+def planted(schema: Schema, task: str, rows: int, seed: int) -> Batch:
+    """Recall: a user's positive is the item of the user's own row. Ranking: a click where the sum is odd."""
+    rng = rng_for(seed, "planted")
+    user = rng.integers(1, 30, rows)
+    item = user if task == "recall" else rng.integers(1, 40, rows)
+    click = (user + item) % 2
+    return random_batch(schema, rows, rng, {"user": user, "item": item, "click": click})
+
+
+def train(model: Any, batch: Batch, steps: int) -> list[float]:
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    losses = []
+    model.train()
+    for step in range(steps):
+        loss = model.loss(batch, step).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_model_states_what_it_is(name: str) -> None:
+    model, schema = build(name)
+    assert model.task in ("ranking", "recall")
+    assert model_module(name).Config().name == name
+    grouped = [p for group in model.table_groups().values() for p in group]
+    tables = [p for n, p in model.named_parameters() if "embedding_bags" in n]
+    assert {id(p) for p in grouped} == {id(p) for p in tables} and len(grouped) == len(tables)
+    assert model_module(name).Model.inputs(schema, model_module(name).Config()) == schema
+
+
+def test_loss_is_one_finite_value_per_row(name: str) -> None:
+    model, schema = build(name)
+    loss = model.loss(random_batch(schema, 9, rng_for(1, "rows")), 3)
+    assert loss.shape == (9,) and bool(torch.isfinite(loss).all())
+    assert torch.equal(loss, model.loss(random_batch(schema, 9, rng_for(1, "rows")), 3))
+
+
+def test_planted_structure_is_recovered(name: str) -> None:
+    """A ranker learns a parity of two ids, which no sum over single ids holds; recall learns a map."""
+    model, schema = build(name)
+    rows = 1500 if model.task == "ranking" else 300  # 1,131 pairs to learn, or 29
+    losses = train(model, planted(schema, model.task, rows, seed=0), steps=100)
+    assert losses[-1] < 0.5 * losses[0]
+    held_out = planted(schema, model.task, 500, seed=1)
+    scores = outputs(model, held_out)
+    if model.task == "ranking":
+        right = ((scores > 0).float() == held_out.labels["click"]).float().mean()
+        assert right > 0.9
+    else:
+        best = (scores @ model.item_vectors().detach().T)[:, 1:].argmax(dim=1) + 1
+        assert (best == held_out.sparse["item"].values()).float().mean() > 0.95
+
+
+def test_padding_is_inert(name: str) -> None:
+    model, schema = build(name)
+    batch = random_batch(schema, 6, rng_for(2, "pad"))
+    gradients = []
+    for grown in (batch, batch.pad(10)):
+        loss = model.loss(grown, 0)
+        assert bool(torch.isfinite(loss).all())
+        model.zero_grad()
+        (loss * grown.weight).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        torch.testing.assert_close(outputs(model, grown)[:6], outputs(model, batch))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_rows_do_not_see_each_other(name: str) -> None:
+    model, schema = build(name)
+    batch = random_batch(schema, 12, rng_for(3, "rows"))
+    order = torch.from_numpy(rng_for(3, "order").permutation(12))
+    torch.testing.assert_close(outputs(model, take(batch, order)), outputs(model, batch)[order])
+    torch.testing.assert_close(model.loss(take(batch, order), 1), model.loss(batch, 1)[order])
+
+
+def test_a_worker_without_rows_computes_finite_zeros(name: str) -> None:
+    """An unsharded TorchRec collection raises on a stride of 0, so such a worker pads to one row."""
+    model, schema = build(name)
+    empty = random_batch(schema, 4, rng_for(4, "rows")).empty().pad(1)
+    assert bool(torch.isfinite(outputs(model, empty)).all())
+    (model.loss(empty, 0) * empty.weight).sum().backward()
+    assert all(not bool(p.grad.any()) for p in model.parameters() if p.grad is not None)
+
+
+def test_state_dict_carries_the_scores(name: str) -> None:
+    model, schema = build(name)
+    batch = random_batch(schema, 50, rng_for(5, "rows"))
+    train(model, batch, steps=3)
+    other, _ = build(name, seed=99)
+    assert not torch.equal(outputs(other, batch), outputs(model, batch))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(outputs(other, batch), outputs(model, batch))
+    if model.task == "recall":
+        assert torch.equal(other.item_vectors(), model.item_vectors())
+
+
+def test_unknown_ids_and_empty_histories_score(name: str) -> None:
+    model, schema = build(name)
+    zeros = {f.name: np.zeros(3, np.int64) for f in schema.singles}
+    batch = random_batch(schema, 3, rng_for(6, "rows"), zeros)
+    assert bool(torch.isfinite(outputs(model, batch)).all())
+    assert bool(torch.isfinite(model.loss(batch, 0)).all())

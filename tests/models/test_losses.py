@@ -1,0 +1,105 @@
+"""The losses against independent NumPy in double precision, forward and gradient."""
+
+import numpy as np
+import torch
+
+from recsys_dist.config import rng_for
+from recsys_dist.models.losses import binary_cross_entropy, sampled_softmax
+
+
+def numpy_sampled_softmax(
+    user: np.ndarray, positive: np.ndarray, negatives: np.ndarray, log_q: tuple, hit: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Loss [B] and its gradient in the users' vectors [B, D], by a loop over rows from the formula."""
+    losses, gradients = [], []
+    for b in range(user.shape[0]):
+        vectors = np.concatenate([positive[b : b + 1], negatives[~hit[b]]])
+        corrections = np.concatenate([log_q[0][b : b + 1], log_q[1][~hit[b]]])
+        exp = np.exp(vectors @ user[b] - corrections)
+        p = exp / exp.sum()
+        losses.append(-np.log(p[0]))
+        gradients.append(p @ vectors - vectors[0])
+    return np.array(losses), np.array(gradients)
+
+
+def test_sampled_softmax_is_its_formula() -> None:
+    rng = rng_for(0, "losses")
+    user, positive, negatives = rng.normal(size=(5, 4)), rng.normal(size=(5, 4)), rng.normal(size=(7, 4))
+    log_q = (np.log(rng.uniform(0.01, 0.2, 5)), np.log(rng.uniform(0.01, 0.2, 7)))
+    hit = rng.random((5, 7)) < 0.2
+    expected, gradient = numpy_sampled_softmax(user, positive, negatives, log_q, hit)
+    u = torch.tensor(user, requires_grad=True)
+    loss = sampled_softmax(
+        (u * torch.tensor(positive)).sum(1),
+        u @ torch.tensor(negatives).T,
+        torch.tensor(log_q[0]),
+        torch.tensor(log_q[1]),
+        torch.tensor(hit),
+    )
+    loss.sum().backward()
+    np.testing.assert_allclose(loss.detach().numpy(), expected, rtol=1e-12)
+    np.testing.assert_allclose(u.grad.numpy(), gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_all_items_drawn_once_uniformly_is_the_full_softmax() -> None:
+    rng = rng_for(1, "losses")
+    logit = torch.tensor(rng.normal(size=(6, 9)))
+    positive = torch.tensor(rng.integers(0, 9, 6))
+    uniform = torch.full((9,), -np.log(9.0), dtype=torch.float64)
+    loss = sampled_softmax(
+        logit.gather(1, positive[:, None]).squeeze(1),
+        logit,
+        uniform[positive],
+        uniform,
+        positive[:, None] == torch.arange(9)[None, :],
+    )
+    full = torch.nn.functional.cross_entropy(logit, positive, reduction="none")
+    torch.testing.assert_close(loss, full, rtol=1e-12, atol=0)
+
+
+def test_correction_removes_the_bias_of_popularity_sampling() -> None:
+    """E[Σ_j exp(s_j - log q_j)] / S is the full partition sum, whatever q: checked by exact expectation."""
+    rng = rng_for(2, "losses")
+    logit, q = rng.normal(size=20), rng.dirichlet(np.ones(20))
+    expected_sum = (q * np.exp(logit - np.log(q))).sum()
+    np.testing.assert_allclose(expected_sum, np.exp(logit).sum(), rtol=1e-12)
+    draws = rng.choice(20, size=200_000, p=q)
+    drawn = torch.tensor(logit[draws])[None, :]
+    log_q = torch.tensor(np.log(q))
+    loss = sampled_softmax(
+        torch.tensor(logit[:1]),
+        drawn,
+        torch.zeros(1, dtype=torch.float64),
+        log_q[draws] + np.log(200_000.0),
+        torch.zeros(1, 200_000, dtype=torch.bool),
+    )
+    full = np.log(np.exp(logit[0]) + np.exp(logit).sum()) - logit[0]
+    np.testing.assert_allclose(loss.item(), full, atol=0.01)
+
+
+def test_a_row_whose_negatives_are_all_hits_is_silent() -> None:
+    positive = torch.tensor([0.3], requires_grad=True)
+    negative = torch.tensor([[0.3, 0.3]], requires_grad=True)
+    hit = torch.ones(1, 2, dtype=torch.bool)
+    loss = sampled_softmax(positive, negative, torch.zeros(1), torch.zeros(2), hit)
+    loss.sum().backward()
+    assert loss.item() == 0 and positive.grad.item() == 0 and not negative.grad.any()
+
+
+def test_large_logits_do_not_overflow() -> None:
+    loss = sampled_softmax(
+        torch.tensor([-1e4]), torch.tensor([[1e4]]), torch.zeros(1), torch.zeros(1), torch.zeros(1, 1).bool()
+    )
+    assert loss.item() == 2e4
+
+
+def test_binary_cross_entropy_is_its_formula() -> None:
+    z, y = np.array([-800.0, -1.5, 0.0, 2.0]), np.array([0.0, 1.0, 1.0, 0.0])
+    logit = torch.tensor(z, requires_grad=True)
+    loss = binary_cross_entropy(logit, torch.tensor(y))
+    loss.sum().backward()
+    p = 1 / (1 + np.exp(-z[1:]))
+    np.testing.assert_allclose(
+        loss.detach().numpy(), [0, *(-y[1:] * np.log(p) - (1 - y[1:]) * np.log(1 - p))], rtol=1e-12
+    )
+    np.testing.assert_allclose(logit.grad.numpy(), [0, *(p - y[1:])], rtol=1e-12)

@@ -4,12 +4,15 @@ n rows. All functions are columnar, and exact for values that do parse.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys_dist.errors import DataError
+
+TimestampUnit = Literal["s", "ms", "us", "ns", "iso"]
 
 US_PER_DAY = 86_400_000_000
 US_PER_UNIT = {"s": 1_000_000, "ms": 1_000, "us": 1, "ns": 1 / 1_000}
@@ -81,7 +84,7 @@ def flags(array: pa.Array) -> Parsed:
     return Parsed(parsed.values == 1.0, parsed.missing, parsed.bad | wrong)
 
 
-def instants(array: pa.Array, unit: str) -> Parsed:
+def instants(array: pa.Array, unit: TimestampUnit) -> Parsed:
     """Microseconds since 1970 UTC, int64, finer units floored, saturated at the range of int64.
 
     Numbers count `unit`s; text is numbers too, or with `unit="iso"` ISO 8601. A timestamp type

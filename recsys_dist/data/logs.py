@@ -4,20 +4,33 @@ n rows of a chunk. Everything is columnar; only the rows that are refused are lo
 """
 
 import json
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, date, datetime, timedelta
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys_dist.config import nearest
-from recsys_dist.data.columns import US_PER_DAY, Parsed, days, flags, flat, instants, numbers, texts
+from recsys_dist.data.columns import (
+    US_PER_DAY,
+    Parsed,
+    TimestampUnit,
+    days,
+    flags,
+    flat,
+    instants,
+    numbers,
+    texts,
+)
 from recsys_dist.errors import SourceError
 from recsys_dist.schema import Bucketed, Categorical, Label, Numeric, Schema, Statistic, side
 
 INSTANT = pa.timestamp("us", "UTC")
+DUPLICATE = "duplicate"
 MALFORMED = "malformed"  # column by which a source hands over lines that are no rows, as text
 QUARANTINE = pa.schema(
     [("part", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("raw", pa.string())]
@@ -36,14 +49,13 @@ class LogSpec:
 
     labels: tuple[Label, ...]
     context: dict[str, bool]
-    timestamp_unit: str = "us"
     utc_offset_hours: float = 0.0
     earliest: datetime = datetime(1990, 1, 1, tzinfo=UTC)
     skew: timedelta = timedelta(minutes=5)
 
     @classmethod
-    def from_schema(cls, schema: Schema, timestamp_unit: str = "us") -> Self:
-        """The columns that the features and labels of `schema` read; the unit is the source's."""
+    def from_schema(cls, schema: Schema) -> Self:
+        """The columns that the features and labels of `schema` read."""
         context: dict[str, bool] = {}
         for feature in schema.features:
             numeric = isinstance(feature, Numeric | Bucketed)
@@ -55,7 +67,7 @@ class LogSpec:
                 continue
             if side(column) == "context":
                 context[column] = context.get(column, False) or numeric
-        return cls(schema.labels, context, timestamp_unit, schema.utc_offset_hours)
+        return cls(schema.labels, context, schema.utc_offset_hours)
 
     @property
     def required(self) -> list[str]:
@@ -72,12 +84,13 @@ class LogSpec:
             pa.field("date", pa.date32()),
             pa.field("history", pa.bool_()),
         ]
-        for label in self.labels:
-            fields.append(pa.field(label.name, pa.int8() if label.kind == "binary" else pa.float32()))
+        fields += [pa.field(x.name, pa.int8() if x.kind == "binary" else pa.float32()) for x in self.labels]
         known = {f.name for f in fields}
-        for name, numeric in self.context.items():
-            if name not in known:
-                fields.append(pa.field(name, pa.float64() if numeric else pa.string()))
+        fields += [
+            pa.field(name, pa.float64() if numeric else pa.string())
+            for name, numeric in self.context.items()
+            if name not in known
+        ]
         if with_probability:
             fields.append(pa.field("bayes_probability", pa.float32()))
         return pa.schema(fields)
@@ -110,22 +123,25 @@ class _Faults:
             self.reasons.append(reason)
 
 
-def validate(chunk: pa.Table, spec: LogSpec, part_name: str, now: datetime) -> Validated:
+def validate(
+    chunk: pa.Table,
+    spec: LogSpec,
+    part_name: str,
+    timestamp_unit: TimestampUnit = "us",
+    now: datetime | None = None,
+) -> Validated:
     """Divide a chunk of a source into canonical rows and quarantined ones.
 
-    Raises SourceError where a required column is missing or holds lists: the file is refused, not its rows.
+    `now` is when the log cannot yet have been written, the present by default. Raises SourceError
+    where a required column is missing or holds lists: that refuses the file, not its rows.
     """
-    missing = [name for name in spec.required if name not in chunk.column_names]
-    if missing:
-        near = nearest(missing[0], list(chunk.column_names))
-        also = f" (and {', '.join(missing[1:])})" if missing[1:] else ""
-        raise SourceError(f"{part_name}: required column {missing[0]!r} is missing{also}{near}")
+    _require_columns(chunk, spec, part_name)
     raw = {name: flat(chunk[name], f"{part_name}: {name}") for name in chunk.column_names}
     faults = _Faults(chunk.num_rows)
     if MALFORMED in raw:
         faults.add(pc.is_valid(raw[MALFORMED]).to_numpy(zero_copy_only=False), "wrong number of fields")
     columns = {name: _ids(raw[name], name, faults) for name in ("user_id", "item_id")}
-    columns |= _times(raw, spec, now, faults)
+    columns |= _times(raw, spec, instants(raw["timestamp"], timestamp_unit), now or datetime.now(UTC), faults)
     history = flags(raw["history"]) if "history" in raw else _no(chunk.num_rows)
     faults.add(history.bad, "history is not 0 or 1")
     is_history = history.values & ~history.missing
@@ -167,8 +183,17 @@ def _ids(array: pa.Array, name: str, faults: _Faults) -> pa.Array:
     return ids
 
 
-def _times(raw: dict[str, pa.Array], spec: LogSpec, now: datetime, faults: _Faults) -> dict[str, pa.Array]:
-    time = instants(raw["timestamp"], spec.timestamp_unit)
+def _require_columns(chunk: pa.Table, spec: LogSpec, part_name: str) -> None:
+    missing = [name for name in spec.required if name not in chunk.column_names]
+    if missing:
+        near = nearest(missing[0], list(chunk.column_names))
+        also = f" (and {', '.join(missing[1:])})" if missing[1:] else ""
+        raise SourceError(f"{part_name}: required column {missing[0]!r} is missing{also}{near}")
+
+
+def _times(
+    raw: dict[str, pa.Array], spec: LogSpec, time: Parsed, now: datetime, faults: _Faults
+) -> dict[str, pa.Array]:
     faults.add(time.missing, "timestamp is missing")
     faults.add(time.bad, "timestamp is not a time")
     earliest_us, latest_us = (int(t.timestamp() * 1e6) for t in (spec.earliest, now + spec.skew))
@@ -220,21 +245,134 @@ def _no(rows: int) -> Parsed:
 def _divide(chunk: pa.Table, table: pa.Table, faults: _Faults, part_name: str) -> Validated:
     good = faults.code < 0
     row = chunk["row"].combine_chunks().cast(pa.int64())
-    bad = pa.array(~good)
-    refused = chunk.drop_columns(["row"]).filter(bad).to_pylist()
-    quarantined = pa.table(
-        [
-            pa.array([part_name] * len(refused), pa.string()),
-            row.filter(bad),
-            pa.array([faults.reasons[code] for code in faults.code[~good]], pa.string()),
-            pa.array([json.dumps(r, default=_plain, ensure_ascii=False) for r in refused], pa.string()),
-        ],
-        schema=QUARANTINE,
-    )
+    reasons = [faults.reasons[code] for code in faults.code[~good]]
+    quarantined = quarantine(chunk.filter(pa.array(~good)), part_name, reasons)
     keep = pa.array(good)
     return Validated(table.filter(keep), row.filter(keep), quarantined)
+
+
+def quarantine(rows: pa.Table, part_name: str, reason: str | list[str]) -> pa.Table:
+    """Refused rows as QUARANTINE has them; `reason` is one for all, or one for each.
+
+    Their number is the column `row`, null where there is none.
+    """
+    number = rows["row"].combine_chunks() if "row" in rows.column_names else pa.nulls(len(rows))
+    raw = rows.select([name for name in rows.column_names if name != "row"]).to_pylist()
+    columns = [
+        pa.array([part_name] * len(rows), pa.string()),
+        number.cast(pa.int64()),
+        pa.array([reason] * len(rows) if isinstance(reason, str) else reason, pa.string()),
+        pa.array([json.dumps(r, default=_plain, ensure_ascii=False) for r in raw], pa.string()),
+    ]
+    return pa.table(columns, schema=QUARANTINE)
 
 
 def _plain(value: object) -> str:
     """JSON for the types that it lacks."""
     return value.isoformat() if isinstance(value, date | datetime) else str(value)
+
+
+@dataclass(frozen=True)
+class PartRows:
+    """Rows of one part: `read == kept + sum of quarantined`."""
+
+    read: int = 0
+    kept: int = 0
+    quarantined: dict[str, int] = field(default_factory=dict)
+
+    def plus(self, other: "PartRows") -> "PartRows":
+        reasons = Counter(self.quarantined) + Counter(other.quarantined)
+        return PartRows(self.read + other.read, self.kept + other.kept, dict(reasons))
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Every row read is kept or quarantined with a reason, and every refused file is named.
+
+    Immutable; ledgers of parts read on different machines merge in any order.
+
+    parts       part name -> its rows, duplicates among the kept
+    refused     part name -> why its file was refused; rows read before the fault count as usual
+    duplicates  rows that turned out to repeat another once all parts had been seen
+    """
+
+    parts: dict[str, PartRows] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    duplicates: int = 0
+
+    @property
+    def read(self) -> int:
+        return sum(part.read for part in self.parts.values())
+
+    @property
+    def kept(self) -> int:
+        return sum(part.kept for part in self.parts.values()) - self.duplicates
+
+    @property
+    def quarantined(self) -> Counter[str]:
+        """Rows by reason, over all parts; those that repeat another as "duplicate"."""
+        total = Counter({DUPLICATE: self.duplicates})
+        for part in self.parts.values():
+            total.update(part.quarantined)
+        return +total
+
+    def add(self, part: str, checked: Validated) -> "Ledger":
+        """With a chunk of `part` counted."""
+        counts = pc.value_counts(checked.quarantined["reason"]).to_pylist()
+        reasons = {entry["values"]: entry["counts"] for entry in counts}
+        kept = checked.kept.num_rows
+        rows = PartRows(kept + checked.quarantined.num_rows, kept, reasons)
+        return Ledger.merge([self, Ledger({part: rows})])
+
+    def refuse(self, part: str, reason: str) -> "Ledger":
+        """With the rest of `part` given up."""
+        return Ledger.merge([self, Ledger(refused={part: reason})])
+
+    def with_duplicates(self, rows: int) -> "Ledger":
+        """With `rows` more of the kept rows quarantined as duplicates."""
+        return Ledger(self.parts, self.refused, self.duplicates + rows)
+
+    @staticmethod
+    def merge(ledgers: Iterable["Ledger"]) -> "Ledger":
+        """The sum of ledgers."""
+        parts: dict[str, PartRows] = {}
+        refused: dict[str, str] = {}
+        duplicates = 0
+        for ledger in ledgers:
+            for name, rows in ledger.parts.items():
+                parts[name] = parts.get(name, PartRows()).plus(rows)
+            refused |= ledger.refused
+            duplicates += ledger.duplicates
+        return Ledger(parts, refused, duplicates)
+
+    def check(self) -> None:
+        """Assert that the rows add up; where they do not, this project lost some."""
+        for name, part in self.parts.items():
+            total = part.kept + sum(part.quarantined.values())
+            assert part.read == total, f"{name}: {part.read} rows read, {total} accounted for"
+        assert self.kept >= 0, f"{self.duplicates} duplicates among fewer rows kept"
+        assert self.read == self.kept + self.quarantined.total()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data that `from_json` reads back, with totals for people who open the file."""
+        totals = {"read": self.read, "kept": self.kept, "quarantined": dict(self.quarantined)}
+        parts = {name: asdict(part) for name, part in sorted(self.parts.items())}
+        refused = dict(sorted(self.refused.items()))
+        return {**totals, "duplicates": self.duplicates, "refused": refused, "parts": parts}
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> "Ledger":
+        """The ledger that `to_json` wrote."""
+        parts = {name: PartRows(**part) for name, part in values["parts"].items()}
+        return Ledger(parts, values["refused"], values["duplicates"])
+
+    def summary(self) -> str:
+        """What a person should know, in a few lines."""
+        quarantined = self.quarantined
+        lines = [f"{self.read:,} rows read = {self.kept:,} kept + {quarantined.total():,} quarantined"]
+        lines += [f"{rows:>12,}  {reason}" for reason, rows in quarantined.most_common()]
+        if self.refused:
+            lines.append(f"{len(self.refused):,} files refused:")
+            lines += [f"  {reason}" for _, reason in sorted(self.refused.items())[:10]]
+            lines += [f"  ... and {len(self.refused) - 10:,} more"] if len(self.refused) > 10 else []
+        return "\n".join(lines)

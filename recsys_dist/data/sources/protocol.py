@@ -11,18 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 from types import ModuleType
-from typing import Literal, Protocol
+from typing import Protocol
 
 import pyarrow as pa
 
 import recsys_dist.data.sources
 from recsys_dist.config import Config, nearest
+from recsys_dist.data.columns import TimestampUnit
 from recsys_dist.errors import ConfigError
 from recsys_dist.schema import Schema
 
 CHUNK_ROWS = 65_536  # rows of a table that `read` yields, about: tens of MB, whatever the file's size
-
-TimestampUnit = Literal["s", "ms", "us", "ns", "iso"]
 
 
 class SourceConfig(Config):

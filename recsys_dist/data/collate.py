@@ -52,8 +52,9 @@ def _sparse(table: pa.Table, schema: Schema) -> KeyedJaggedTensor:
             ids = _numpy(column)
             lengths.append(np.ones(len(table), np.int32))
         if len(ids) and not 0 <= ids.min() <= ids.max() < (feature.rows or 0):
+            bad = ids.max() if ids.min() >= 0 else ids.min()
             raise DataError(
-                f"feature {feature.name!r}: id {ids.max() if ids.min() >= 0 else ids.min()} outside its table "
+                f"feature {feature.name!r}: id {bad} outside its table "
                 f"of {feature.rows} rows; prepare the data again so that data and schema agree"
             )
         values.append(ids.astype(np.int32, copy=False))

@@ -28,7 +28,8 @@ from recsys_dist.data import stages
 from recsys_dist.data.counts import FITTED_ON, POSITIVE, TRAIN, VALID, Counts
 from recsys_dist.data.entities import Entities
 from recsys_dist.data.examples import World
-from recsys_dist.data.logs import Ledger, LogSpec
+from recsys_dist.data.ledger import Ledger
+from recsys_dist.data.logs import LogSpec
 from recsys_dist.data.prepared import MANIFEST, Manifest, Prepared, ShardSet
 from recsys_dist.data.sources.protocol import Source, SourceConfig, open_source, source_config
 from recsys_dist.data.split import SPLITS, Split, check_split, choose_split
@@ -99,15 +100,15 @@ def prepare(cfg: PrepareConfig, out: str | Path) -> Prepared:
 
 def _write_events(cfg: PrepareConfig, source: Source, schema: Schema, path: Path, fingerprint: str) -> None:
     parts = source.parts()
-    read = stages.ReadPart(source, LogSpec.from_schema(schema), path, cfg.buckets)
-    keep = cfg.duplicates == "keep"
+    read = stages.ReadPart(source, LogSpec.from_schema(schema, source.timestamp_unit), path, cfg.buckets)
+    names, keep = [part.name for part in parts], cfg.duplicates == "keep"
 
     def read_part(batch: dict[str, Any]) -> Iterator[pa.Table]:
         for number in batch["item"]:
             yield from read(int(number), parts[number])
 
     def write_bucket(table: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist(list(stages.write_bucket(table, path, keep)))
+        return pa.Table.from_pylist(list(stages.write_bucket(table, path, names, keep)))
 
     rows = ray.data.from_items(list(range(len(parts))), override_num_blocks=len(parts)).map_batches(
         read_part, batch_size=1
@@ -116,9 +117,12 @@ def _write_events(cfg: PrepareConfig, source: Source, schema: Schema, path: Path
         write_bucket, batch_format="pyarrow", batch_size=None
     )
     buckets = list(_watched(written.iter_rows(), "reading logs", cfg.buckets))
-    ledger = Ledger.merge(
-        Ledger.from_json(json.loads(file.read_text())) for file in sorted(path.glob("ledger/*.json"))
-    ).with_duplicates(sum(row["duplicates"] for row in buckets))
+    ledger = Ledger()
+    for file in sorted(path.glob("ledger/*.json")):
+        ledger.merge(Ledger.from_json(json.loads(file.read_text())))
+    for row in buckets:
+        for part, duplicates in json.loads(row["duplicates"]).items():
+            ledger.withdraw(part, stages.DUPLICATE, duplicates)
     ledger.check()
     stages.write_text(json.dumps(ledger.to_json(), indent=1), path / "ledger.json")
     _refuse_if_too_bad(cfg, ledger, len(parts), path)
@@ -175,7 +179,6 @@ def _write_catalogue(path: Path, world: World, counts: Counts) -> None:
 def _build(
     path: Path, buckets: list[int], world: World, split: Split, shards: dict[str, int]
 ) -> dict[str, ShardSet]:
-    schema = world.encoders.schema
     _ = world.user_inputs, world.item_inputs  # encoded once here, not in every task
     shared = ray.put(world)
 
@@ -183,7 +186,7 @@ def _build(
         return stages.build_bucket(path, bucket, ray.get(shared), split, shards)
 
     def write(table: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist(list(stages.write_shards(table, path, schema, shards)))
+        return pa.Table.from_pylist(list(stages.write_shards(table, path, shards)))
 
     total = sum(shards.values())
     written = _each(buckets, build).repartition(total, keys=[stages.SHARD])
@@ -252,7 +255,10 @@ def _shard_set(made: list[dict[str, Any]]) -> ShardSet:
 def _refuse_if_too_bad(cfg: PrepareConfig, ledger: Ledger, parts: int, path: Path) -> None:
     if ledger.kept == 0:
         raise SourceError(f"no usable row in the log. {ledger.summary()}")
-    for what, bad, of in (("rows", ledger.quarantined, ledger.read), ("files", len(ledger.refused), parts)):
+    for what, bad, of in (
+        ("rows", ledger.quarantined.total(), ledger.read),
+        ("files", len(ledger.refused), parts),
+    ):
         if bad > cfg.max_quarantined * of:
             raise QuarantineError(
                 f"{bad} of {of} {what} refused, over the limit max_quarantined={cfg.max_quarantined}. "

@@ -34,7 +34,7 @@ class Split(Config):
 
 
 def choose_split(dates: list[dt.date], test_fraction: float = 0.15) -> Split:
-    """The last days of a log for test (about `test_fraction` of them, at least one), the day before for choice.
+    """The last days of a log for test (`test_fraction` of them, at least one), the day before for validation.
 
     Raises DataError for a log of fewer than three days.
     """

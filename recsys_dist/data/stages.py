@@ -4,9 +4,11 @@ Every file is written under another name and renamed, and named by what it holds
 is run again after a kill writes the same files and nothing half-written is ever read.
 """
 
+import datetime as dt
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,19 +21,21 @@ import pyarrow.parquet as pq
 from recsys_dist.data import logs, transforms
 from recsys_dist.data.counts import Counts
 from recsys_dist.data.examples import World, examples, sort_events, user_states
-from recsys_dist.data.logs import Ledger, LogSpec
+from recsys_dist.data.ledger import Ledger
+from recsys_dist.data.logs import LogSpec, Validated
 from recsys_dist.data.sources.protocol import Part, Source
 from recsys_dist.data.split import SPLITS, Split
 from recsys_dist.errors import SourceError
 from recsys_dist.schema import Schema
 
 BUCKET, SHARD = "bucket", "shard"
+DUPLICATE = "duplicate of an earlier row (user, item, timestamp)"
 ROW_BITS = 32  # row_id = shard << 32 | row within the shard
 
 
 @dataclass(frozen=True)
 class ReadPart:
-    """Read and validate one part of a source: rows go on, refused rows to `quarantine/`, counts to `ledger/`."""
+    """Read and validate a part of a source: good rows go on, bad ones to `quarantine/`, counts to `ledger/`."""
 
     source: Source
     spec: LogSpec
@@ -40,38 +44,47 @@ class ReadPart:
 
     def __call__(self, number: int, part: Part) -> Iterator[pa.Table]:
         ledger = Ledger()
-        quarantined: list[pa.Table] = []
-        try:
+        now = dt.datetime.now(dt.UTC)
+        checked: list[Validated] = []
+        try:  # to the part's end before any row goes on: a part is taken whole or refused
             for chunk in self.source.read(part):
-                checked = logs.validate(chunk, self.spec, part.name, self.source.timestamp_unit)
-                ledger = ledger.add(part.name, checked)
-                quarantined.append(checked.quarantined)
-                yield with_bucket(checked.kept, self.buckets)
+                checked.append(logs.validate(chunk, self.spec, part.name, now))
+                reasons = Counter(checked[-1].quarantined["reason"].to_pylist())
+                ledger.add(part.name, len(checked[-1].kept), reasons)
         except SourceError as error:
-            ledger = ledger.refuse(part.name, str(error))
-        refused = [table for table in quarantined if len(table)]
+            checked = []
+            ledger.refuse(part.name, str(error))
+        refused = [c.quarantined for c in checked if len(c.quarantined)]
         if refused:
             write_parquet(pa.concat_tables(refused), self.out / f"quarantine/part-{number:05d}.parquet")
         write_text(json.dumps(ledger.to_json()), self.out / f"ledger/part-{number:05d}.json")
+        yield from (self._routed(c, number) for c in checked)
+
+    def _routed(self, checked: Validated, number: int) -> pa.Table:
+        """Kept rows with where they came from and the bucket, which holds all events of a user."""
+        hashed = transforms.hash_array(np.asarray(checked.kept["user_id"].combine_chunks()))
+        bucket = (hashed % np.uint64(self.buckets)).astype(np.int32)
+        routed = checked.kept.append_column(BUCKET, pa.array(bucket))
+        routed = routed.append_column("part", pa.array(np.full(len(bucket), number, np.int32)))
+        return routed.append_column("row", checked.kept_row)
 
 
-def with_bucket(events: pa.Table, buckets: int) -> pa.Table:
-    """Add the bucket that holds all events of a user."""
-    hashed = transforms.hash_array(np.asarray(events["user_id"].combine_chunks()))
-    return events.append_column(BUCKET, pa.array((hashed % np.uint64(buckets)).astype(np.int32)))
+def write_bucket(
+    events: pa.Table, out: Path, part_names: list[str], keep_duplicates: bool
+) -> Iterator[dict[str, object]]:
+    """Sort and deduplicate the buckets in `events`; write the canonical log, a file per day and bucket.
 
-
-def write_bucket(events: pa.Table, out: Path, keep_duplicates: bool) -> Iterator[dict[str, object]]:
-    """Sort and deduplicate the buckets in `events`; write the canonical log, a file per day and bucket."""
+    Yields per bucket: rows `kept`, and as JSON the `duplicates` by part and the examples by day.
+    """
     for bucket in pc.unique(events[BUCKET]).to_pylist():
         chosen = sort_events(events.filter(pc.equal(events[BUCKET], bucket)).drop_columns([BUCKET]))
         repeated = logs.duplicates(chosen)
         if keep_duplicates:
             repeated[:] = False
-        if repeated.any():
-            refused = logs.quarantine(chosen.filter(pa.array(repeated)), f"bucket {bucket}", "duplicate")
-            write_parquet(refused, out / f"quarantine/duplicates-{bucket:05d}.parquet")
-        kept = chosen.filter(pa.array(~repeated))
+        refused = chosen.filter(pa.array(repeated))
+        if len(refused):
+            _quarantine_duplicates(refused, part_names, out / f"quarantine/duplicates-{bucket:05d}.parquet")
+        kept = chosen.filter(pa.array(~repeated)).drop_columns(["part", "row"])
         for day in pc.unique(kept["date"]).to_pylist():
             of_day = kept.filter(pc.equal(kept["date"], day)).drop_columns(["date"])
             write_parquet(of_day, out / f"events/date={day}/bucket-{bucket:05d}.parquet")
@@ -79,9 +92,16 @@ def write_bucket(events: pa.Table, out: Path, keep_duplicates: bool) -> Iterator
         yield {
             "bucket": bucket,
             "kept": len(kept),
-            "duplicates": int(repeated.sum()),
+            "duplicates": json.dumps(Counter(part_names[n] for n in refused["part"].to_pylist())),
             "days": json.dumps({row["values"]: row["counts"] for row in examples_per_day.to_pylist()}),
         }
+
+
+def _quarantine_duplicates(refused: pa.Table, part_names: list[str], path: Path) -> None:
+    names = pa.array([part_names[number] for number in refused["part"].to_pylist()])
+    raw = [json.dumps(row, default=str) for row in refused.drop_columns(["part", "row"]).to_pylist()]
+    reason = pa.array([DUPLICATE] * len(refused))
+    write_parquet(pa.table([names, refused["row"], reason, pa.array(raw)], schema=logs.QUARANTINE), path)
 
 
 def read_bucket(out: Path, bucket: int) -> pa.Table:
@@ -127,10 +147,8 @@ def build_bucket(out: Path, bucket: int, world: World, split: Split, shards: dic
     return table.append_column(SHARD, pa.array(shard.astype(np.int32)))
 
 
-def write_shards(
-    table: pa.Table, out: Path, schema: Schema, shards: dict[str, int]
-) -> Iterator[dict[str, object]]:
-    """Shuffle the shards in `table` and write each; the positives among training days once more for recall."""
+def write_shards(table: pa.Table, out: Path, shards: dict[str, int]) -> Iterator[dict[str, object]]:
+    """Shuffle the shards in `table` and write each; positives of training days once more for recall."""
     for shard in pc.unique(table[SHARD]).to_pylist():
         rows = table.filter(pc.equal(table[SHARD], shard)).sort_by("order")
         name = SPLITS[rows["split"][0].as_py()]

@@ -81,7 +81,7 @@ def cross(parts: list[np.ndarray], buckets: int) -> np.ndarray:
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """[n] uint64: the finaliser of splitmix64 (Steele et al., OOPSLA 2014), a bijection that scatters bits."""
+    """[n] uint64: the finaliser of splitmix64 (Steele et al., OOPSLA 2014), a bijection that mixes bits."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

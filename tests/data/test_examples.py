@@ -1,0 +1,154 @@
+"""Features against a row-by-row computation in plain Python, and blindness to the future."""
+
+import datetime as dt
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from recsys_dist.data import encoders as fitting
+from recsys_dist.data.counts import Counts
+from recsys_dist.data.entities import Entities
+from recsys_dist.data.examples import World, examples, features, sort_events, user_states
+from recsys_dist.data.split import Split
+from tests.data.small_log import FIRST_DAY, SCHEMA, events, items, users
+
+SPLIT = Split(valid_from=FIRST_DAY + dt.timedelta(days=5), test_from=FIRST_DAY + dt.timedelta(days=6))
+FREEZE = (SPLIT.test_from - dt.date(1970, 1, 1)).days
+
+
+def world_of(log: pa.Table) -> World:
+    counts = Counts.of(log, SCHEMA, SPLIT)
+    seen_users = counts.totals("user_id", ("history", "train"))["value"].combine_chunks()
+    known_users = Entities.of(users(), "user_id", seen_users)
+    known_items = Entities.of(items(), "item_id", counts.by_column["item_id"]["value"].unique())
+    encoders = fitting.fit(SCHEMA, counts, known_users, known_items, FREEZE)
+    return World(encoders, known_users, known_items)
+
+
+@pytest.fixture(scope="module")
+def log() -> pa.Table:
+    return sort_events(events())
+
+
+@pytest.fixture(scope="module")
+def world(log: pa.Table) -> World:
+    return world_of(log)
+
+
+def local_day(row: dict[str, Any]) -> int:
+    return (row["timestamp"] + dt.timedelta(hours=8)).date().toordinal() - dt.date(1970, 1, 1).toordinal()
+
+
+def row_of(world: World, feature: str, value: str | None) -> int:
+    values = world.encoders.vocabularies[feature].values.to_pylist()
+    return values.index(value) + 1 if value in values else 0
+
+
+def log_odds(rate: float) -> float:
+    return math.log(rate / (1 - rate))
+
+
+def smoothed(past: list[dict[str, Any]], prior: float) -> float:
+    known = [r["click"] for r in past if r["click"] is not None]
+    return log_odds((sum(known) + 2 * prior) / (len(known) + 2)) - log_odds(prior)
+
+
+def test_every_feature_equals_a_computation_row_by_row(log: pa.Table, world: World) -> None:
+    rows = log.to_pylist()
+    item_of = {r["item_id"]: r for r in items().to_pylist()}
+    age_of = {r["user_id"]: r["age"] for r in users().to_pylist()}
+    fitted = [r for r in rows if r["date"] < SPLIT.valid_from]
+    clicks = [r["click"] for r in fitted if r["click"] is not None]
+    prior = sum(clicks) / len(clicks)
+    ages = [age_of[r["user_id"]] for r in fitted if r["user_id"] in age_of]
+    got = {name: column.to_pylist() for name, column in features(log, world).items()}
+
+    def genre(row: dict[str, Any]) -> str | None:
+        return item_of.get(row["item_id"], {}).get("genre")
+
+    for at, row in enumerate(rows):
+        past = [r for r in rows if r["user_id"] == row["user_id"] and r["timestamp"] < row["timestamp"]]
+        days = [r for r in rows if local_day(r) < min(local_day(row), FREEZE) and r["date"] < SPLIT.test_from]
+        clicked = [r for r in past if r["click"]][-3:]
+        want = {
+            "user": row_of(world, "user", row["user_id"]),
+            "item": row_of(world, "item", row["item_id"]),
+            "genre": row_of(world, "genre", genre(row)),
+            "hour": (row["timestamp"] + dt.timedelta(hours=8)).hour + 1,
+            "weekday": (row["timestamp"] + dt.timedelta(hours=8)).isoweekday(),
+            "clicked": [row_of(world, "item", r["item_id"]) for r in clicked],
+            "clicked_genre": [row_of(world, "genre", genre(r)) for r in clicked],
+            "shown": [row_of(world, "item", r["item_id"]) for r in past[-4:]],
+            "user_count": math.log1p(len(past)),
+            "user_rate": smoothed(past, prior),
+            "item_count": math.log1p(sum(r["item_id"] == row["item_id"] for r in days)),
+            "genre_rate": smoothed([r for r in days if genre(row) and genre(r) == genre(row)], prior),
+            "device_rate": smoothed([r for r in days if row["device"] == r["device"] != None], prior),  # noqa: E711
+        }
+        age = age_of.get(row["user_id"])
+        want["age"] = 0.0 if age is None else (age - np.mean(ages)) / np.std(ages)
+        for name, value in want.items():
+            assert got[name][at] == (value if isinstance(value, int | list) else pytest.approx(value, abs=1e-5)), (
+                name,
+                row,
+            )
+
+
+def test_vocabularies_hold_what_training_saw(log: pa.Table, world: World) -> None:
+    fitted = log.filter(pc.less(log["date"], pa.scalar(SPLIT.valid_from)))
+    genre_of = {r["item_id"]: r["genre"] for r in items().to_pylist()}
+    seen = Counter(genre_of.get(i) for i in fitted["item_id"].to_pylist())
+    want = {g for g, n in seen.items() if g is not None and n >= 2}
+    assert set(world.encoders.vocabularies["genre"].values.to_pylist()) == want
+    assert set(world.encoders.vocabularies["user"].values.to_pylist()) == set(fitted["user_id"].to_pylist())
+
+
+def test_the_future_changes_nothing(log: pa.Table, world: World) -> None:
+    """Flip every outcome from some moment on: no feature of an earlier event, and no encoder, moves."""
+    moment = pa.scalar(dt.datetime.combine(SPLIT.test_from, dt.time(12), dt.UTC), log["timestamp"].type)
+    late = np.asarray(pc.greater_equal(log["timestamp"], moment))
+    flipped = pa.array(np.where(late, 1 - np.nan_to_num(np.asarray(log["click"])), np.asarray(log["click"])))
+    click = pa.array(flipped.to_numpy(), from_pandas=True).cast(pa.int8())
+    changed = log.set_column(log.column_names.index("click"), "click", click)
+    assert world_of(changed).encoders.digest() == world.encoders.digest()
+    before, after = features(log, world), features(changed, world)
+    early = pa.array(np.asarray(pc.less_equal(log["timestamp"], moment)))
+    moved = [n for n in before if before[n].filter(early) != after[n].filter(early)]
+    assert moved == []
+    assert before["clicked"] != after["clicked"], "the flip reached nothing: the test cannot fail"
+
+
+def test_file_order_changes_nothing(world: World, log: pa.Table) -> None:
+    again = sort_events(log.take(np.random.default_rng(1).permutation(len(log))))
+    assert examples(again, world, SPLIT).equals(examples(log, world, SPLIT))
+
+
+def test_user_states_are_the_users_as_the_split_begins(log: pa.Table, world: World) -> None:
+    states = user_states(log, world, SPLIT, "test").to_pylist()
+    rows = log.to_pylist()
+    positive = [r for r in rows if r["date"] >= SPLIT.test_from and (r["click"] or r["like"])]
+    assert {s["user_id"] for s in states} == {r["user_id"] for r in positive}
+    for state in states:
+        past = [r for r in rows if r["user_id"] == state["user_id"] and r["date"] < SPLIT.test_from]
+        wanted = {r["item_id"] for r in positive if r["user_id"] == state["user_id"]}
+        assert state["truth"] == sorted(row_of(world, "item", i) for i in wanted)
+        assert state["seen"] == sorted(row_of(world, "item", i) for i in {r["item_id"] for r in past})
+        clicked = [r for r in past if r["click"]][-3:]
+        assert state["clicked"] == [row_of(world, "item", r["item_id"]) for r in clicked]
+        assert state["user_count"] == pytest.approx(math.log1p(len(past)))
+
+
+def test_examples_leave_out_history_and_keep_all_else(log: pa.Table, world: World) -> None:
+    made = examples(log, world, SPLIT)
+    assert len(made) == len(log) - pc.sum(log["history"]).as_py()
+    assert len(set(made["order"].to_pylist())) > 0.95 * len(made)
+
+
+def test_encoders_survive_their_files(world: World, tmp_path: Any) -> None:
+    world.encoders.save(tmp_path)
+    assert fitting.Encoders.load(tmp_path).digest() == world.encoders.digest()

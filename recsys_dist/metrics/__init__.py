@@ -1,0 +1,24 @@
+"""Metrics in plain NumPy: exact whatever the number of workers, because states merge and sums are ordered."""
+
+from recsys_dist.metrics.bootstrap import ranking_intervals, retrieval_intervals
+from recsys_dist.metrics.ranking import (
+    RankingState,
+    auc,
+    expected_calibration_error,
+    gauc,
+    logloss,
+    reliability,
+)
+from recsys_dist.metrics.retrieval import RetrievalState
+
+__all__ = [
+    "RankingState",
+    "RetrievalState",
+    "auc",
+    "expected_calibration_error",
+    "gauc",
+    "logloss",
+    "ranking_intervals",
+    "reliability",
+    "retrieval_intervals",
+]

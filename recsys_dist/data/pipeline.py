@@ -7,6 +7,7 @@ parts ─read, validate─▶ rows ─shuffle by user─▶ events/ ─count─�
 import datetime as dt
 import hashlib
 import json
+import logging
 import math
 import shutil
 from collections import Counter
@@ -28,8 +29,7 @@ from recsys_dist.data import stages
 from recsys_dist.data.counts import FITTED_ON, POSITIVE, TRAIN, VALID, Counts
 from recsys_dist.data.entities import Entities
 from recsys_dist.data.examples import World
-from recsys_dist.data.ledger import Ledger
-from recsys_dist.data.logs import LogSpec
+from recsys_dist.data.logs import Ledger, LogSpec
 from recsys_dist.data.prepared import MANIFEST, Manifest, Prepared, ShardSet
 from recsys_dist.data.sources.protocol import Source, SourceConfig, open_source, source_config
 from recsys_dist.data.split import SPLITS, Split, check_split, choose_split
@@ -67,6 +67,7 @@ def prepare(cfg: PrepareConfig, out: str | Path) -> Prepared:
 
     Raises SourceError (nothing readable), QuarantineError (too much refused), DataError, ConfigError.
     """
+    quiet()
     path = Path(out).absolute()
     source = open_source(cfg.source)
     schema = cfg.features or source.schema()
@@ -98,9 +99,17 @@ def prepare(cfg: PrepareConfig, out: str | Path) -> Prepared:
     return Prepared.open(path)
 
 
+def quiet() -> None:
+    """Turn off Ray Data's own progress lines; the project draws its own."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
 def _write_events(cfg: PrepareConfig, source: Source, schema: Schema, path: Path, fingerprint: str) -> None:
     parts = source.parts()
-    read = stages.ReadPart(source, LogSpec.from_schema(schema, source.timestamp_unit), path, cfg.buckets)
+    read = stages.ReadPart(source, LogSpec.from_schema(schema), path, cfg.buckets)
     names, keep = [part.name for part in parts], cfg.duplicates == "keep"
 
     def read_part(batch: dict[str, Any]) -> Iterator[pa.Table]:
@@ -117,12 +126,9 @@ def _write_events(cfg: PrepareConfig, source: Source, schema: Schema, path: Path
         write_bucket, batch_format="pyarrow", batch_size=None
     )
     buckets = list(_watched(written.iter_rows(), "reading logs", cfg.buckets))
-    ledger = Ledger()
-    for file in sorted(path.glob("ledger/*.json")):
-        ledger.merge(Ledger.from_json(json.loads(file.read_text())))
-    for row in buckets:
-        for part, duplicates in json.loads(row["duplicates"]).items():
-            ledger.withdraw(part, stages.DUPLICATE, duplicates)
+    ledger = Ledger.merge(
+        Ledger.from_json(json.loads(file.read_text())) for file in sorted(path.glob("ledger/*.json"))
+    ).with_duplicates(sum(row["duplicates"] for row in buckets))
     ledger.check()
     stages.write_text(json.dumps(ledger.to_json(), indent=1), path / "ledger.json")
     _refuse_if_too_bad(cfg, ledger, len(parts), path)
@@ -146,7 +152,7 @@ def _fit(path: Path, source: Source, schema: Schema, counts: Counts, split: Spli
         source.users(), "user_id", counts.totals("user_id", FITTED_ON)["value"].combine_chunks()
     )
     items = Entities.of(
-        source.items(), "item_id", counts.by_column["item_id"]["value"].unique().combine_chunks()
+        source.items(), "item_id", counts.by_column["item_id"]["value"].unique()
     )
     freeze = (split.test_from - dt.date(1970, 1, 1)).days
     world = World(fitting.fit(schema, counts, users, items, freeze), users, items)

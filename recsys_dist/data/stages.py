@@ -4,11 +4,9 @@ Every file is written under another name and renamed, and named by what it holds
 is run again after a kill writes the same files and nothing half-written is ever read.
 """
 
-import datetime as dt
 import io
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,21 +19,19 @@ import pyarrow.parquet as pq
 from recsys_dist.data import logs, transforms
 from recsys_dist.data.counts import Counts
 from recsys_dist.data.examples import World, examples, sort_events, user_states
-from recsys_dist.data.ledger import Ledger
-from recsys_dist.data.logs import LogSpec, Validated
+from recsys_dist.data.logs import Ledger, LogSpec, Validated
 from recsys_dist.data.sources.protocol import Part, Source
 from recsys_dist.data.split import SPLITS, Split
 from recsys_dist.errors import SourceError
 from recsys_dist.schema import Schema
 
 BUCKET, SHARD = "bucket", "shard"
-DUPLICATE = "duplicate of an earlier row (user, item, timestamp)"
 ROW_BITS = 32  # row_id = shard << 32 | row within the shard
 
 
 @dataclass(frozen=True)
 class ReadPart:
-    """Read and validate a part of a source: good rows go on, bad ones to `quarantine/`, counts to `ledger/`."""
+    """Read and validate a part of a source: good rows go on, bad ones to `quarantine/`, sums to `ledger/`."""
 
     source: Source
     spec: LogSpec
@@ -44,21 +40,18 @@ class ReadPart:
 
     def __call__(self, number: int, part: Part) -> Iterator[pa.Table]:
         ledger = Ledger()
-        now = dt.datetime.now(dt.UTC)
-        checked: list[Validated] = []
-        try:  # to the part's end before any row goes on: a part is taken whole or refused
+        refused: list[pa.Table] = []
+        try:
             for chunk in self.source.read(part):
-                checked.append(logs.validate(chunk, self.spec, part.name, now))
-                reasons = Counter(checked[-1].quarantined["reason"].to_pylist())
-                ledger.add(part.name, len(checked[-1].kept), reasons)
+                checked = logs.validate(chunk, self.spec, part.name, self.source.timestamp_unit)
+                ledger = ledger.add(part.name, checked)
+                refused.append(checked.quarantined)
+                yield self._routed(checked, number)
         except SourceError as error:
-            checked = []
-            ledger.refuse(part.name, str(error))
-        refused = [c.quarantined for c in checked if len(c.quarantined)]
-        if refused:
+            ledger = ledger.refuse(part.name, str(error))
+        if any(len(table) for table in refused):
             write_parquet(pa.concat_tables(refused), self.out / f"quarantine/part-{number:05d}.parquet")
         write_text(json.dumps(ledger.to_json()), self.out / f"ledger/part-{number:05d}.json")
-        yield from (self._routed(c, number) for c in checked)
 
     def _routed(self, checked: Validated, number: int) -> pa.Table:
         """Kept rows with where they came from and the bucket, which holds all events of a user."""
@@ -74,7 +67,7 @@ def write_bucket(
 ) -> Iterator[dict[str, object]]:
     """Sort and deduplicate the buckets in `events`; write the canonical log, a file per day and bucket.
 
-    Yields per bucket: rows `kept`, and as JSON the `duplicates` by part and the examples by day.
+    Yields per bucket: rows `kept`, `duplicates` refused, and as JSON the examples by day.
     """
     for bucket in pc.unique(events[BUCKET]).to_pylist():
         chosen = sort_events(events.filter(pc.equal(events[BUCKET], bucket)).drop_columns([BUCKET]))
@@ -92,16 +85,17 @@ def write_bucket(
         yield {
             "bucket": bucket,
             "kept": len(kept),
-            "duplicates": json.dumps(Counter(part_names[n] for n in refused["part"].to_pylist())),
+            "duplicates": len(refused),
             "days": json.dumps({row["values"]: row["counts"] for row in examples_per_day.to_pylist()}),
         }
 
 
-def _quarantine_duplicates(refused: pa.Table, part_names: list[str], path: Path) -> None:
-    names = pa.array([part_names[number] for number in refused["part"].to_pylist()])
-    raw = [json.dumps(row, default=str) for row in refused.drop_columns(["part", "row"]).to_pylist()]
-    reason = pa.array([DUPLICATE] * len(refused))
-    write_parquet(pa.table([names, refused["row"], reason, pa.array(raw)], schema=logs.QUARANTINE), path)
+def _quarantine_duplicates(repeated: pa.Table, part_names: list[str], path: Path) -> None:
+    tables = []
+    for number in pc.unique(repeated["part"]).to_pylist():
+        rows = repeated.filter(pc.equal(repeated["part"], number)).drop_columns(["part"])
+        tables.append(logs.quarantine(rows, part_names[number], logs.DUPLICATE))
+    write_parquet(pa.concat_tables(tables), path)
 
 
 def read_bucket(out: Path, bucket: int) -> pa.Table:

@@ -159,8 +159,12 @@ def validate(
 
 
 def duplicates(table: pa.Table) -> np.ndarray:
-    """[n] bool: rows whose (user_id, item_id, timestamp) an earlier row of the table has, in any order."""
+    """[n] bool: rows whose (user_id, item_id, timestamp) an earlier row of the table has, in any order.
+
+    A history row is no duplicate of an event: it repeats what happened, not the example.
+    """
     keys = [
+        table["history"].combine_chunks().cast(pa.int8()).to_numpy(),
         table["timestamp"].cast(pa.int64()).to_numpy(),
         *(
             pc.dictionary_encode(table[name].combine_chunks()).indices.to_numpy()

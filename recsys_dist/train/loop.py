@@ -1,0 +1,194 @@
+"""The training loop: no Ray, and no more knowledge of ranks than a sum over the workers.
+
+Every step the workers agree, in one small all-reduce that travels while the previous step computes, on
+how many rows and how much weight the global batch has. A worker that ran out contributes padding of
+weight zero until all have. The gradient is that of the global weighted mean: each worker's loss is
+divided by the global weight and multiplied by the number of workers, which the averaging of dense
+gradients and of TorchRec's sparse ones takes out again.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec import KeyedJaggedTensor
+
+from recsys_dist.batch import Batch
+from recsys_dist.errors import NonFiniteLossError
+from recsys_dist.schema import Schema
+from recsys_dist.train.optim import Optimizers
+
+_NAMED_ROWS = 5  # rows that a NonFiniteLossError names
+
+
+class Workers:
+    """Sums over all workers; without torch.distributed there is one."""
+
+    def __init__(self) -> None:
+        self.size = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+
+    def start_sum(self, values: list[float]) -> Callable[[], list[float]]:
+        """Begin a sum of `values` over the workers; call the result to wait for it. Collective."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.size == 1:
+            return total.tolist
+        work = dist.all_reduce(total, async_op=True)
+
+        def wait() -> list[float]:
+            work.wait()
+            return total.tolist()
+
+        return wait
+
+    def gather(self, value: object) -> list[object]:
+        """`value` of every worker, on every worker. Collective; slow: for rare and small things."""
+        gathered: list[object] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(gathered, value)
+        return gathered
+
+
+class Loss(nn.Module):
+    """A model's loss as a forward pass, the form in which it can be sharded."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, step: int) -> torch.Tensor:
+        """[B] loss of each row."""
+        return self.model.loss(batch, step)
+
+
+@dataclass
+class Totals:
+    """What an epoch came to, over all workers; `loader_s` and `seconds` are this worker's."""
+
+    steps: int = 0
+    rows: int = 0
+    weight: float = 0.0
+    loss_sum: float = 0.0
+    loader_s: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def loss(self) -> float:
+        """Weighted mean of the rows' losses, each taken before the step that its row was part of."""
+        return self.loss_sum / self.weight if self.weight else 0.0
+
+
+@dataclass
+class _Step:
+    """A step whose loss is not yet known to all."""
+
+    number: int
+    row_id: torch.Tensor
+    losses: torch.Tensor
+    loss_sum: torch.Tensor
+    rows: float
+    weight: float
+
+
+@dataclass
+class Epoch:
+    """One pass over the workers' batches.
+
+    model       `Loss` over the model, sharded or not
+    idle        what a worker without data feeds: as many rows as a full batch, of weight zero
+    on_step     called with the totals so far after each step whose loss is known to all
+    """
+
+    model: nn.Module
+    optimizers: Optimizers
+    idle: Batch
+    workers: Workers
+    on_step: Callable[[Totals], None] = lambda _: None
+    totals: Totals = field(default_factory=Totals)
+
+    def run(self, batches: Iterator[Batch], step: int) -> Totals:
+        """Train until no worker has data; `step` numbers the first step. Collective.
+
+        Raises NonFiniteLossError, on all workers alike, naming rows of the first bad batch.
+        """
+        began = time.perf_counter()
+        self.model.train()
+        known: deque[_Step] = deque()
+        batch, agreement = self._next(batches, known)
+        while True:
+            rows, weight, *settled = agreement()
+            self._settle(known, settled)
+            if rows == 0:
+                break
+            current = self.idle if batch is None else batch.pad(self.idle.rows)
+            batch, agreement = self._next(batches, known)
+            known.append(self._step(current, step, rows, weight))
+            step += 1
+        while known:
+            self._settle(known, self.workers.start_sum([float(known[0].loss_sum)])())
+        self.totals.seconds += time.perf_counter() - began
+        return self.totals
+
+    def _next(
+        self, batches: Iterator[Batch], known: deque[_Step]
+    ) -> tuple[Batch | None, Callable[[], list[float]]]:
+        """This worker's next batch, and the agreement on it; it carries the oldest unsettled loss along."""
+        began = time.perf_counter()
+        batch = next(batches, None)
+        self.totals.loader_s += time.perf_counter() - began
+        mine = [0.0, 0.0] if batch is None else [float(batch.rows), float(batch.weight.sum())]
+        return batch, self.workers.start_sum([*mine, *[float(s.loss_sum) for s in list(known)[:1]]])
+
+    def _step(self, batch: Batch, step: int, rows: float, weight: float) -> _Step:
+        losses = self.model(batch, step)
+        loss_sum = (losses * batch.weight).sum()
+        (loss_sum * (self.workers.size / weight if weight else 0.0)).backward()
+        self.optimizers.step()
+        return _Step(step, batch.row_id, losses.detach(), loss_sum.detach(), rows, weight)
+
+    def _settle(self, known: deque[_Step], sums: list[float]) -> None:
+        for total in sums:
+            step = known.popleft()
+            if not -float("inf") < total < float("inf"):
+                raise NonFiniteLossError(self._blame(step))
+            self.totals.steps += 1
+            self.totals.rows += int(step.rows)
+            self.totals.weight += step.weight
+            self.totals.loss_sum += total
+            self.on_step(self.totals)
+
+    def _blame(self, step: _Step) -> str:
+        real = step.row_id >= 0
+        bad = step.row_id[real & ~step.losses.isfinite()].tolist()
+        found = self.workers.gather((bad, int(real.sum())))
+        rows = [row for mine, _ in found for row in mine]  # type: ignore[attr-defined]
+        of = sum(count for _, count in found)  # type: ignore[misc]
+        where = f"the loss of step {step.number} is not finite in {len(rows)} of its {of} rows"
+        if len(rows) == of:
+            return f"{where}: the weights diverged before; lower the learning rates or set dense.clip_norm"
+        named = ", ".join(f"shard {row >> 32} row {row & 0xFFFFFFFF}" for row in sorted(rows)[:_NAMED_ROWS])
+        return f"{where}: {named}{', ...' if len(rows) > _NAMED_ROWS else ''}; look at these rows' features"
+
+
+def idle_batch(schema: Schema, rows: int) -> Batch:
+    """`rows` rows of weight zero; the first looks up row 0 of every table.
+
+    TorchRec's row-wise kernel needs equally many rows on every worker, and none takes zero of them.
+    """
+    keys = [feature.name for feature in schema.ids]
+    one = Batch(
+        dense=torch.zeros(1, len(schema.dense)),
+        sparse=KeyedJaggedTensor(
+            keys=keys,
+            values=torch.zeros(len(keys), dtype=torch.int32),
+            lengths=torch.ones(len(keys), dtype=torch.int32),
+        ),
+        labels={label.name: torch.zeros(1) for label in schema.labels},
+        weight=torch.zeros(1),
+        row_id=torch.full((1,), -1),
+    )
+    return one.pad(rows)

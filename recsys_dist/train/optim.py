@@ -1,0 +1,147 @@
+"""Optimizers: Adam for dense weights, fused Adagrad for embedding tables (stepped in the backward pass).
+
+Tables that are sharded step inside TorchRec's kernel. Data-parallel ones have no fused kernel and are
+stepped here by the same rule, from `torchrec.optim`, after their gradients were averaged.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_in_backward
+from torchrec.optim import RowWiseAdagrad
+
+from recsys_dist.config import Config
+from recsys_dist.errors import ConfigError
+
+# Classes that both run in torch and name a fused kernel to TorchRec (its own Adagrad and SGD only name one).
+RULES: dict[str, Any] = {
+    "rowwise_adagrad": RowWiseAdagrad,
+    "adagrad": torch.optim.Adagrad,
+    "sgd": torch.optim.SGD,
+}
+
+
+class DenseOptimizer(Config):
+    """Adam (arXiv 1412.6980), with decoupled weight decay where `weight_decay` > 0."""
+
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float | None = Field(None, gt=0, description="largest global norm of the dense gradient")
+
+
+class TableOptimizer(Config):
+    """The rule of a group of embedding tables; row-wise Adagrad keeps one accumulator a row."""
+
+    rule: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
+    lr: float = Field(0.05, gt=0)
+    eps: float = Field(1e-8, gt=0)
+
+    def kwargs(self) -> dict[str, float]:
+        """Constructor arguments of the rule's optimizer class."""
+        return {"lr": self.lr} if self.rule == "sgd" else {"lr": self.lr, "eps": self.eps}
+
+
+class OptimizerConfig(Config):
+    """One optimizer for the dense weights and one for each group of tables."""
+
+    dense: DenseOptimizer = DenseOptimizer()
+    deep: TableOptimizer = TableOptimizer()
+    wide: TableOptimizer = TableOptimizer()
+
+    def table(self, group: str) -> TableOptimizer:
+        """The rule of a group; ConfigError for a group that has none."""
+        rules = {"deep": self.deep, "wide": self.wide}
+        if group not in rules:
+            raise ConfigError(f"table group {group!r} has no optimizer; groups are {sorted(rules)}")
+        return rules[group]
+
+
+def table_rules(
+    model: nn.Module, groups: Mapping[str, list[nn.Parameter]], cfg: OptimizerConfig
+) -> dict[str, TableOptimizer]:
+    """The rule of each table, keyed by its weight's name in `model`."""
+    by_id = {id(weight): cfg.table(group) for group, weights in groups.items() for weight in weights}
+    return {name: by_id[id(weight)] for name, weight in model.named_parameters() if id(weight) in by_id}
+
+
+def attach(model: nn.Module, rules: Mapping[str, TableOptimizer]) -> None:
+    """Have each table's optimizer step inside the backward pass; call it before sharding.
+
+    On an unsharded model with real (not "meta") tables this trains by the same rule, in torch.
+    """
+    for name, weight in model.named_parameters():
+        if name in rules:
+            # TorchRec writes into the kwargs: each table needs its own dict.
+            apply_in_backward(RULES[rules[name].rule], [weight], rules[name].kwargs())
+
+
+class Optimizers:
+    """What must be stepped after the backward pass: dense weights, and tables without a fused kernel.
+
+    State is keyed by parameter name, so that it does not depend on worker count or placement.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        rules: Mapping[str, TableOptimizer],
+        cfg: DenseOptimizer,
+    ) -> None:
+        stepped = {
+            n: p for n, p in parameters if not hasattr(p, "_in_backward_optimizers") and p.requires_grad
+        }
+        self.dense = {n: p for n, p in stepped.items() if n not in rules}
+        self.tables = {n: p for n, p in stepped.items() if n in rules}
+        self._clip_norm = cfg.clip_norm
+        adam = torch.optim.AdamW if cfg.weight_decay else torch.optim.Adam
+        decay = {"weight_decay": cfg.weight_decay} if cfg.weight_decay else {}
+        self._optimizers: list[torch.optim.Optimizer] = []
+        if self.dense:
+            self._optimizers.append(adam(list(self.dense.values()), lr=cfg.lr, fused=True, **decay))
+        for name, weight in self.tables.items():
+            self._optimizers.append(RULES[rules[name].rule]([weight], **rules[name].kwargs()))
+
+    def step(self) -> None:
+        """Apply and forget the gradients; dense ones are clipped by their global norm first."""
+        if self._clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.dense.values(), self._clip_norm)
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """`<parameter>.<slot>` -> tensor, of dense weights only; tables' is `table_accumulators`."""
+        state = {}
+        for optimizer in self._optimizers[: bool(self.dense)]:
+            for name, weight in self.dense.items():
+                for slot, value in optimizer.state.get(weight, {}).items():
+                    state[f"{name}.{slot}"] = value
+        return state
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take what `state` returned, in any process; weights without an entry start afresh."""
+        for optimizer in self._optimizers[: bool(self.dense)]:
+            for name, weight in self.dense.items():
+                slots = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
+                if slots:
+                    optimizer.state[weight] = {slot: value.clone() for slot, value in slots.items()}
+
+    def accumulators(self) -> dict[str, torch.Tensor]:
+        """Adagrad's sum of each table stepped here: [rows] row-wise, else [rows, dim]."""
+        owner = {id(w): o for o in self._optimizers for g in o.param_groups for w in g["params"]}
+        return accumulators_of({name: (owner[id(w)], w) for name, w in self.tables.items()})
+
+
+def accumulators_of(
+    tables: Mapping[str, tuple[torch.optim.Optimizer, nn.Parameter]],
+) -> dict[str, torch.Tensor]:
+    """Adagrad's sum of each table, as a view: [rows] row-wise, else [rows, dim]; none for SGD."""
+    sums = {name: optimizer.state[weight].get("sum") for name, (optimizer, weight) in tables.items()}
+    return {
+        name: total.view(-1) if isinstance(tables[name][0], RowWiseAdagrad) else total
+        for name, total in sums.items()
+        if total is not None
+    }

@@ -1,0 +1,245 @@
+"""The only torchrec.distributed: where each table lives, and what it starts with.
+
+`shard` spreads a model over the workers of the process group; `materialise` makes its unsharded twin
+with the same values. Starting values are a function of (seed, table, block of rows), so they do not
+depend on the number of workers or the kind of sharding.
+"""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.types import ShardingPlan
+
+from recsys_dist.config import Config, nearest, rng_for
+from recsys_dist.errors import ConfigError
+from recsys_dist.train.optim import (
+    Optimizers,
+    OptimizerConfig,
+    TableOptimizer,
+    accumulators_of,
+    attach,
+    table_rules,
+)
+
+Kind = Literal["table_wise", "row_wise", "column_wise", "data_parallel"]
+
+_BLOCK_ROWS = 65_536  # rows initialised at once: bounds memory; part of what a seed means, do not change
+_COLUMNS = 4  # narrowest column-wise shard, FBGEMM's vector width
+
+
+class ShardingConfig(Config):
+    """`kind` pins every table, `tables` single ones by name; what is not pinned, TorchRec's planner places."""
+
+    kind: Kind | Literal["auto"] = "auto"
+    tables: dict[str, Kind] = Field(default_factory=dict)
+
+
+class ShardedModel:
+    """A model spread over the workers, and everything a checkpoint needs of it.
+
+    model       DistributedModelParallel; call it as the wrapped module
+    optimizers  to step after each backward pass
+    """
+
+    def __init__(
+        self, model: DistributedModelParallel, optimizers: Optimizers, rules: Mapping[str, TableOptimizer]
+    ) -> None:
+        self.model = model
+        self.optimizers = optimizers
+        self._rules = rules
+
+    def weights(self) -> dict[str, Any]:
+        """Parameter name -> Tensor or ShardedTensor, views of the live weights."""
+        return dict(self.model.state_dict())
+
+    def accumulators(self) -> dict[str, Any]:
+        """Table's parameter name -> its optimizer's sum, Tensor or ShardedTensor, views of the live state."""
+        fused = self.model.fused_optimizer.state_dict()["state"]
+        sums = {name: state for name, states in fused.items() for state in states.values()}
+        return {**sums, **self.optimizers.accumulators()}
+
+    def plan(self) -> dict[str, dict[str, Any]]:
+        """Table -> {"kind", "ranks"}."""
+        placed = [item for module in self.model.plan.plan.values() for item in module.items()]
+        return {t: {"kind": p.sharding_type, "ranks": list(p.ranks or [])} for t, p in placed}
+
+
+class _Bags(EmbeddingBagCollectionSharder):
+    """Row-wise too: the CPU kernels have it, the shipped list names it for CUDA alone."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return sorted({*super().sharding_types(compute_device_type), "row_wise"})
+
+
+def shard(
+    model: nn.Module,
+    groups: Mapping[str, list[nn.Parameter]],
+    optimizer: OptimizerConfig,
+    sharding: ShardingConfig,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> ShardedModel:
+    """Spread `model`, tables on "meta", over the process group. Collective; dense weights follow rank 0.
+
+    `groups` is the model's `table_groups()`. Raises ConfigError for a plan that cannot train rightly.
+    """
+    rules = table_rules(model, groups, optimizer)
+    tables = _tables(model)
+    attach(model, rules)
+    sharders: list[Any] = [_Bags(), EmbeddingCollectionSharder()]
+    constraints = _constraints(sharding, tables, rules)
+    with _quiet():
+        plan = _plan(model, sharders, constraints, torch.device(device).type)
+        parallel = DistributedModelParallel(
+            model, plan=plan, sharders=sharders, device=torch.device(device), init_data_parallel=False
+        )
+        _fill({n: w for n, w in parallel.state_dict().items() if n in tables}, tables, seed)
+        parallel.init_data_parallel()
+    return ShardedModel(parallel, Optimizers(parallel.named_parameters(), rules, optimizer.dense), rules)
+
+
+def materialise(model: nn.Module, seed: int, device: torch.device | str = "cpu") -> nn.Module:
+    """Give an unsharded model's "meta" tables memory and the values that `shard` would; returns `model`."""
+    for module in model.modules():
+        if isinstance(module, EmbeddingBagCollection | EmbeddingCollection):
+            module.to_empty(device=torch.device(device))
+    tables = _tables(model)
+    _fill({name: w for name, w in model.state_dict().items() if name in tables}, tables, seed)
+    return model.to(device)
+
+
+def train_unsharded(
+    model: nn.Module, groups: Mapping[str, list[nn.Parameter]], optimizer: OptimizerConfig
+) -> Optimizers:
+    """Optimizers of a materialised model that train it by the same rules as `shard` does."""
+    rules = table_rules(model, groups, optimizer)
+    attach(model, rules)
+    return Optimizers(model.named_parameters(), rules, optimizer.dense)
+
+
+def unsharded_accumulators(model: nn.Module) -> dict[str, torch.Tensor]:
+    """`ShardedModel.accumulators` of a model that `train_unsharded` prepared."""
+    attached = {n: w for n, w in model.named_parameters() if hasattr(w, "_in_backward_optimizers")}
+    return accumulators_of({n: (w._in_backward_optimizers[0], w) for n, w in attached.items()})
+
+
+def _tables(model: nn.Module) -> dict[str, Any]:
+    """Weight's name -> its TorchRec config, of every table."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, EmbeddingBagCollection):
+            of = {f"embedding_bags.{c.name}.weight": c for c in module.embedding_bag_configs()}
+        elif isinstance(module, EmbeddingCollection):
+            of = {f"embeddings.{c.name}.weight": c for c in module.embedding_configs()}
+        else:
+            continue
+        found.update({f"{path}.{name}" if path else name: config for name, config in of.items()})
+    return found
+
+
+def _constraints(
+    cfg: ShardingConfig, tables: Mapping[str, Any], rules: Mapping[str, TableOptimizer]
+) -> dict[str, ParameterConstraints]:
+    names = [config.name for config in tables.values()]
+    for name in cfg.tables:
+        if name not in names:
+            raise ConfigError(f"sharding.tables: the model has no table {name!r}{nearest(name, names)}")
+    return {
+        config.name: ParameterConstraints(
+            sharding_types=_kinds(cfg, config.name, weight, rules[weight], config.embedding_dim),
+            min_partition=_COLUMNS,
+        )
+        for weight, config in tables.items()
+    }
+
+
+def _kinds(cfg: ShardingConfig, table: str, weight: str, rule: TableOptimizer, dim: int) -> list[str]:
+    """Kinds that the planner may choose from for one table."""
+    refused: dict[str, str] = {}
+    if rule.rule == "rowwise_adagrad":
+        refused["column_wise"] = (
+            "row-wise Adagrad would keep an accumulator per column shard and so train otherwise than "
+            "unsharded; set its optimizer's rule to 'adagrad', or shard it row_wise or table_wise"
+        )
+    elif dim % _COLUMNS or dim < 2 * _COLUMNS:
+        refused["column_wise"] = (
+            f"its dimension {dim} cannot be cut into columns of {_COLUMNS} or more; take table_wise"
+        )
+    if ".embeddings." in f".{weight}":
+        refused["data_parallel"] = (
+            "TorchRec's CPU kernel fails on a batch without any id for a sequence table; take table_wise"
+        )
+    pinned = cfg.tables.get(table, None if cfg.kind == "auto" else cfg.kind)
+    if pinned is None:
+        return [
+            kind for kind in ("table_wise", "row_wise", "column_wise", "data_parallel") if kind not in refused
+        ]
+    if pinned in refused:
+        raise ConfigError(f"table {table!r} cannot be sharded {pinned}: {refused[pinned]}")
+    return [pinned]
+
+
+def _plan(
+    model: nn.Module, sharders: list[Any], constraints: dict[str, ParameterConstraints], device: str
+) -> ShardingPlan:
+    group = dist.group.WORLD
+    assert group is not None, "shard() needs torch.distributed; materialise() is the single-process twin"
+    # TorchRec's own helper asks LOCAL_WORLD_SIZE, which Ray Train sets; all workers are one host's without it.
+    topology = Topology(world_size=group.size(), compute_device=device)
+    planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints, stats=[])
+    return planner.collective_plan(model, sharders, group)
+
+
+@torch.no_grad()
+def _fill(weights: Mapping[str, Any], tables: Mapping[str, Any], seed: int) -> None:
+    for name, weight in weights.items():
+        config = tables[name]
+        rows, dim = config.num_embeddings, config.embedding_dim
+        if isinstance(weight, ShardedTensor):
+            local = weight.local_shards()
+            pieces = [(s.tensor, s.metadata.shard_offsets, s.metadata.shard_sizes) for s in local]
+        else:
+            pieces = [(weight, [0, 0], [rows, dim])]
+        for tensor, (row, column), (height, width) in pieces:
+            for start, block in _blocks(config.init_fn, seed, name, rows, dim, row, row + height):
+                first, last = max(row, start), min(row + height, start + len(block))
+                values = block[first - start : last - start, column : column + width]
+                tensor[first - row : last - row].copy_(values)
+
+
+def _blocks(
+    init: Callable[[torch.Tensor], Any], seed: int, name: str, rows: int, dim: int, first: int, last: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, values) of the whole blocks that cover rows `first:last` of a table."""
+    for start in range(first - first % _BLOCK_ROWS, last, _BLOCK_ROWS):
+        block = torch.empty(min(_BLOCK_ROWS, rows - start), dim)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(rng_for(seed, "table", name, start).integers(2**63)))
+            init(block)
+        yield start, block
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The planner and the kernels log pages at WARNING, some of it on the root logger."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)

@@ -1,0 +1,199 @@
+import numpy as np
+import pytest
+import torch
+
+from recsys_dist.errors import ConfigError
+from recsys_dist.train.loop import Epoch, Loss, Workers, idle_batch
+from recsys_dist.train.optim import OptimizerConfig
+from recsys_dist.train.sharding import (
+    ShardingConfig,
+    _blocks,
+    materialise,
+    shard,
+    train_unsharded,
+    unsharded_accumulators,
+)
+from tests.train import tiny
+from tests.train.ranks import run_ranks
+
+SEED = 3
+GLOBAL_ROWS = [24, 24, 24, 17, 1]  # the last global batches are short: uneven and empty local batches
+ROWWISE = OptimizerConfig.parse({"deep": {"lr": 0.3}, "wide": {"lr": 0.1}, "dense": {"lr": 0.01}})
+ADAGRAD = OptimizerConfig.parse(
+    {"deep": {"lr": 0.3, "rule": "adagrad"}, "wide": {"lr": 0.1, "rule": "adagrad"}, "dense": {"lr": 0.01}}
+)
+
+
+def global_batches() -> list:
+    return [tiny.batch_of(rows, step) for step, rows in enumerate(GLOBAL_ROWS)]
+
+
+def local_batches(rank: int, world: int, rows_per_worker: int):
+    for batch in global_batches():
+        start, stop = min(rank * rows_per_worker, batch.rows), min((rank + 1) * rows_per_worker, batch.rows)
+        if start < stop:
+            yield tiny.rows_of(batch, start, stop)
+
+
+def build() -> Loss:
+    torch.manual_seed(SEED)
+    return Loss(tiny.Model(tiny.Config(), tiny.schema()))
+
+
+def train(epoch: Epoch, batches) -> list[float]:
+    losses, before = [], [0.0, 0.0]
+
+    def on_step(totals) -> None:
+        losses.append((totals.loss_sum - before[0]) / (totals.weight - before[1]))
+        before[:] = [totals.loss_sum, totals.weight]
+
+    epoch.on_step = on_step
+    epoch.run(iter(batches), 0)
+    return losses
+
+
+def whole(state: dict) -> dict[str, np.ndarray]:
+    """Sharded tensors put together again from all ranks' shards, found on every rank."""
+    workers = Workers()
+    mine = {}
+    for name, value in state.items():
+        if not hasattr(value, "local_shards"):
+            mine[name] = [((0,) * value.dim(), value.detach().numpy().copy())]
+        else:
+            mine[name] = [
+                (tuple(s.metadata.shard_offsets), s.tensor.numpy().copy()) for s in value.local_shards()
+            ]
+    pieces: dict[str, list] = {}
+    for theirs in workers.gather(mine):
+        for name, found in theirs.items():
+            pieces.setdefault(name, []).extend(found)
+    return {name: assemble(found) for name, found in pieces.items()}
+
+
+def assemble(pieces: list) -> np.ndarray:
+    size = [max(o[d] + v.shape[d] for o, v in pieces) for d in range(pieces[0][1].ndim)]
+    full = np.zeros(size, np.float32)
+    for offsets, values in pieces:
+        full[tuple(slice(o, o + n) for o, n in zip(offsets, values.shape, strict=True))] = values
+    return full
+
+
+def train_sharded(rank: int, world: int, sharding: dict, optimizer: OptimizerConfig, steps: bool = True):
+    loss = build()
+    sharded = shard(loss, loss.model.table_groups(), optimizer, ShardingConfig.parse(sharding), SEED)
+    rows = 24 // world
+    epoch = Epoch(sharded.model, sharded.optimizers, idle_batch(tiny.schema(), rows), Workers())
+    losses = train(epoch, local_batches(rank, world, rows)) if steps else []
+    return losses, epoch.totals, whole(sharded.weights()), whole(sharded.accumulators()), sharded.plan()
+
+
+@pytest.fixture(scope="module", params=["rowwise", "adagrad"])
+def reference(request):
+    """The unsharded model on the global batches."""
+    optimizer = ROWWISE if request.param == "rowwise" else ADAGRAD
+    loss = build()
+    materialise(loss, SEED)
+    start = {name: w.detach().numpy().copy() for name, w in loss.state_dict().items()}
+    optimizers = train_unsharded(loss, loss.model.table_groups(), optimizer)
+    losses = train(Epoch(loss, optimizers, idle_batch(tiny.schema(), 24), Workers()), global_batches())
+    sums = {name: a.numpy() for name, a in unsharded_accumulators(loss).items()}
+    return optimizer, start, losses, {n: w.detach().numpy() for n, w in loss.state_dict().items()}, sums
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "sharding",
+    [
+        {},
+        {"kind": "table_wise"},
+        {"kind": "row_wise"},
+        {"tables": {"user": "column_wise", "item": "column_wise", "step": "column_wise"}},
+        {"tables": {"user": "data_parallel", "item": "data_parallel", "wide_item": "data_parallel"}},
+    ],
+    ids=["auto", "table_wise", "row_wise", "column_wise", "data_parallel"],
+)
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_workers_take_the_steps_of_one_unsharded_process(reference, world, sharding):
+    optimizer, _, losses, weights, sums = reference
+    if "column_wise" in str(sharding) and optimizer is ROWWISE:
+        pytest.skip("refused: see test_column_wise_refuses_rowwise_adagrad")
+    for found in run_ranks(world, train_sharded, world, sharding, optimizer):
+        found_losses, totals, found_weights, found_sums, plan = found
+        assert (totals.steps, totals.rows) == (len(GLOBAL_ROWS), sum(GLOBAL_ROWS))
+        np.testing.assert_allclose(found_losses, losses, rtol=2e-5)
+        for name, weight in weights.items():
+            np.testing.assert_allclose(found_weights[name], weight, atol=2e-5, err_msg=name)
+        for name, total in sums.items():
+            np.testing.assert_allclose(found_sums[name], total, atol=2e-5, err_msg=name)
+        for table, kind in sharding.get("tables", {}).items():
+            assert plan[table]["kind"] == kind
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("kind", ["table_wise", "row_wise"])
+def test_starting_values_do_not_depend_on_placement(kind):
+    loss = materialise(build(), SEED)
+    for found in run_ranks(2, train_sharded, 2, {"kind": kind}, ROWWISE, False):
+        for name, weight in loss.state_dict().items():
+            np.testing.assert_array_equal(found[2][name], weight.numpy(), err_msg=name)
+
+
+def test_rowwise_adagrad_by_hand():
+    """Two steps of the unsharded model against the rule written out: s += mean(g^2), w -= lr g / (sqrt(s) + eps)."""
+    loss, copy = materialise(build(), SEED), materialise(build(), SEED)
+    optimizers = train_unsharded(loss, loss.model.table_groups(), ROWWISE)
+    train(Epoch(loss, optimizers, idle_batch(tiny.schema(), 24), Workers()), global_batches()[:2])
+    name = "model.deep.embedding_bags.item.weight"
+    by_hand, total = dict(copy.named_parameters())[name], torch.zeros(tiny.ROWS["item"])
+    adam = torch.optim.Adam([p for n, p in copy.named_parameters() if "tower" in n], lr=0.01)
+    sums = {}
+    for batch in global_batches()[:2]:
+        copy.zero_grad()
+        ((copy(batch, 0) * batch.weight).sum() / batch.weight.sum()).backward()
+        adam.step()
+        with torch.no_grad():
+            for other, weight in copy.named_parameters():
+                if "tower" in other:
+                    continue
+                total = sums.setdefault(other, torch.zeros(len(weight)))
+                total += (weight.grad**2).mean(dim=1)
+                lr = 0.1 if "wide" in other else 0.3
+                weight -= lr * weight.grad / (total.sqrt() + 1e-8)[:, None]
+    trained = dict(loss.named_parameters())[name]
+    np.testing.assert_allclose(trained.detach(), by_hand.detach(), atol=1e-6)
+
+
+def test_blocks_cover_a_table_alike_however_they_are_asked_for():
+    def init(block: torch.Tensor) -> None:
+        torch.nn.init.normal_(block)
+
+    rows = 65_536 + 100
+    [(first, head), (second, tail)] = _blocks(init, 1, "t", rows, 2, 0, rows)
+    assert (first, second, len(head), len(tail)) == (0, 65_536, 65_536, 100)
+    [(start, again)] = _blocks(init, 1, "t", rows, 2, 65_540, 65_545)
+    assert start == 65_536 and torch.equal(again, tail)
+    assert not torch.equal(head[:100], tail)
+
+
+@pytest.mark.ranks
+def test_impossible_placements_explain_themselves():
+    [messages] = run_ranks(1, refusals)
+    assert "row-wise Adagrad would keep an accumulator per column shard" in messages["column_wise"]
+    assert "did you mean 'item'" in messages["typo"]
+    assert "sequence table" in messages["sequence"]
+    assert "dimension 4 cannot be cut" in messages["narrow"]
+
+
+def refusals(rank: int) -> dict[str, str]:
+    def message(sharding: dict, optimizer: OptimizerConfig = ROWWISE) -> str:
+        loss = build()
+        with pytest.raises(ConfigError) as error:
+            shard(loss, loss.model.table_groups(), optimizer, ShardingConfig.parse(sharding), SEED)
+        return str(error.value)
+
+    return {
+        "column_wise": message({"kind": "column_wise"}),
+        "typo": message({"tables": {"itm": "row_wise"}}),
+        "sequence": message({"tables": {"step": "data_parallel"}}),
+        "narrow": message({"tables": {"wide_item": "column_wise"}}, ADAGRAD),
+    }

@@ -1,0 +1,1 @@
+"""Entry points, for a shell or `ray job submit`: parse, one call, print."""

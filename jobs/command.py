@@ -1,0 +1,33 @@
+"""What every command line shares: errors in plain words, and the settings of a config as help text."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from pydantic_core import PydanticUndefined
+
+from recsys_dist.config import Config
+from recsys_dist.errors import RecsysError
+
+
+def reported(main: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Run a job; a user's mistake is one line on stderr and exit code 2, Ctrl-C is 130."""
+    try:
+        main(argv)
+    except RecsysError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command again continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+def settings_help(cfg: type[Config]) -> str:
+    """The fields of a config with their defaults and descriptions, a line each."""
+    lines = ["settings:"]
+    for name, field in cfg.model_fields.items():
+        default: Any = field.get_default(call_default_factory=True, validated_data={})
+        shown = "" if default is PydanticUndefined else f"={default}" if default is not None else ""
+        lines.append(f"  {name}{shown}" + (f"  {field.description}" if field.description else ""))
+    return "\n".join(lines)

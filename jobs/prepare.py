@@ -1,0 +1,71 @@
+"""Raw behaviour logs to training shards.
+
+examples:
+  python -m jobs.prepare simulate --out runs/data source.events=1000000
+  python -m jobs.prepare kuairand path/to/KuaiRand-Pure --out runs/data
+  python -m jobs.prepare movielens path/to/ml-1m --out runs/data test_from=2002-06-01
+  python -m jobs.prepare parquet my_log.yaml --out runs/data         (your own logs: docs/own_logs.md)
+  python -m jobs.prepare --config prepare.yaml --out runs/data       (every setting in a file)
+
+Bad rows go to OUT/quarantine with a reason each; OUT/ledger.json adds up. The same command again
+reuses what is unchanged, and continues what was interrupted.
+"""
+
+import argparse
+import sys
+
+from jobs.command import reported, settings_help
+from recsys_dist import session
+from recsys_dist.config import load_yaml
+from recsys_dist.data.pipeline import PrepareConfig, prepare
+from recsys_dist.data.prepared import Prepared
+from recsys_dist.data.sources.protocol import source_names
+
+
+def parse(argv: list[str]) -> tuple[PrepareConfig, str]:
+    """The configuration and the output directory; raises ConfigError for a wrong setting."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.prepare",
+        description=__doc__,
+        epilog=settings_help(PrepareConfig),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", nargs="?", help=f"kind of log: {', '.join(source_names())}")
+    parser.add_argument("path", nargs="?", help="where it lies: a directory, or the YAML of a parquet log")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, dotted, as in source.seed=1")
+    parser.add_argument("--config", help="YAML file with settings")
+    parser.add_argument("--out", required=True, help="directory of the prepared data")
+    args = parser.parse_args(argv)
+    words = [word for word in (args.source, args.path, *args.settings) if word is not None]
+    named = [word for word in words if "=" not in word]
+    values = load_yaml(args.config) if args.config else {}
+    if named:
+        values["source"] = {"kind": named[0], **({"path": named[1]} if named[1:] else {})}
+    return PrepareConfig.parse(values).override([word for word in words if "=" in word]), args.out
+
+
+def summary(prepared: Prepared) -> str:
+    """What was prepared, for people."""
+    manifest = prepared.manifest
+    ledger = manifest.ledger
+    refused = "".join(f"\n  {rows:>12,}  {reason}" for reason, rows in ledger["quarantined"].items())
+    rows = {name: shards.total_rows for name, shards in manifest.splits.items()}
+    split = manifest.config["split"]
+    return (
+        f"{ledger['read']:,} rows read = {ledger['kept']:,} kept + "
+        f"{ledger['read'] - ledger['kept']:,} quarantined{refused}\n"
+        f"train {rows['ranking/train']:,} exposures, validation {rows['ranking/valid']:,} "
+        f"(from {split['valid_from']}), test {rows['ranking/test']:,} (from {split['test_from']}); "
+        f"{len(prepared.items):,} items, {len(prepared.schema.features)} features\n"
+        f"prepared data: {prepared.path}"
+    )
+
+
+def main(argv: list[str]) -> None:
+    cfg, out = parse(argv)
+    session.connect()
+    print(summary(prepare(cfg, out)))
+
+
+if __name__ == "__main__":
+    sys.exit(reported(main, sys.argv[1:]))

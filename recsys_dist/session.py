@@ -1,0 +1,24 @@
+"""The connection to a Ray cluster, alike for every job: join the one that is named, or start one here."""
+
+import os
+
+import ray
+
+# Of the shared-memory store that Ray starts here; what does not fit spills to disk, so this bounds memory
+# and not the size of a log.
+OBJECT_STORE_BYTES = 1 << 30
+
+
+def connect() -> None:
+    """Join the cluster in RAY_ADDRESS (set for submitted jobs), or start one on this machine.
+
+    Without RAY_ADDRESS it never joins a cluster that happens to run here.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+    else:
+        ray.init(address="local", object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **quiet)

@@ -1,0 +1,229 @@
+"""Checkpoints that are committed or do not exist, and load at any worker count and any sharding.
+
+A checkpoint is a fresh directory: the tensors as torch.distributed.checkpoint writes them, then, fsynced
+and last, `manifest.json` with the sha256 of every file. A directory whose files do not match its manifest
+is torn and is passed over. (DCP's own `.metadata` is a pickle: it is read only after its sha256 was.)
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from pydantic import ValidationError
+from torch import nn
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+
+from recsys_dist.config import Config
+from recsys_dist.errors import CheckpointError
+from recsys_dist.models.protocol import Catalogue, model_module
+from recsys_dist.schema import Schema
+from recsys_dist.train.loop import Loss, Workers
+from recsys_dist.train.sharding import ShardedModel, materialise
+
+MANIFEST = "manifest.json"
+_CHUNK_BYTES = 1 << 22
+
+log = logging.getLogger(__name__)
+
+
+class FileEntry(Config):
+    size_bytes: int
+    sha256: str
+
+
+class Manifest(Config):
+    """What a checkpoint is of. `epoch` counts finished epochs, `step` finished steps, both of its phase."""
+
+    files: dict[str, FileEntry] = {}
+    model: dict[str, Any]
+    data_schema: Schema
+    vocabulary_digest: str
+    data_digest: str
+    seed: int
+    phase: str
+    epoch: int
+    step: int
+    history: list[dict[str, Any]]  # an entry per finished epoch, metrics included
+    plan: dict[str, Any] = {}
+    workers: int = 1
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The validation metrics of the last finished epoch."""
+        return self.history[-1] if self.history else {}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint: its directory and its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+
+def save(
+    root: Path, sharded: ShardedModel, catalogue: Catalogue, manifest: Manifest, workers: Workers
+) -> Checkpoint:
+    """Write a checkpoint into a fresh directory below `root`. Collective; all workers see one file system."""
+    [name, *_] = workers.gather(f"epoch-{manifest.epoch:04d}-{uuid.uuid4().hex[:8]}")
+    path = root / str(name)
+    state = {**_live_state(sharded), "catalogue.positives": catalogue.positives}
+    state |= {f"dense.{key}": value for key, value in sharded.optimizers.state().items()}
+    writer = FileSystemWriter(path, sync_files=True)
+    dcp.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
+    mine = {f.name: _entry(f) for f in sorted(path.iterdir()) if _belongs_to(f.name, workers.rank)}
+    entries: dict[str, FileEntry] = {}
+    for theirs in workers.gather(mine):
+        entries |= theirs  # type: ignore[operator]
+    placed = {"files": entries, "plan": sharded.plan(), "workers": workers.size}
+    manifest = Manifest.parse({**manifest.model_dump(), **placed})
+    if workers.rank == 0:
+        write_synced(path / MANIFEST, manifest.model_dump_json(indent=1))
+    workers.gather(None)  # committed for all, or for none
+    return Checkpoint(path, manifest)
+
+
+def load(checkpoint: Checkpoint, sharded: ShardedModel) -> None:
+    """Restore weights and optimizer states, wherever they live now. Collective."""
+    state = _live_state(sharded)
+    dense = _empty_like_saved(checkpoint.path, "dense.")
+    dcp.load(
+        {**state, **dense},
+        storage_reader=FileSystemReader(checkpoint.path),
+        no_dist=not dist.is_initialized(),
+    )
+    sharded.optimizers.load_state({key.removeprefix("dense."): value for key, value in dense.items()})
+
+
+def load_for_inference(path: Path | str, schema: Schema | None = None) -> tuple[nn.Module, Manifest]:
+    """The whole model of a checkpoint in this process, in eval mode; needs neither Ray nor other workers.
+
+    Raises CheckpointError for a torn checkpoint, or one of another schema than `schema` where given.
+    """
+    manifest = verify(Path(path))
+    if schema is not None:
+        refuse_other_schema(manifest, schema)
+    catalogue = _empty_like_saved(Path(path), "catalogue.")
+    module = model_module(manifest.model["name"])
+    cfg = module.Config.parse(manifest.model)
+    _read(Path(path), catalogue)
+    inputs = module.Model.inputs(manifest.data_schema, cfg)
+    model: nn.Module = module.Model(cfg, inputs, Catalogue(catalogue["catalogue.positives"]))
+    loss = materialise(Loss(model), manifest.seed)
+    _read(Path(path), {f"weights.{name}": weight for name, weight in loss.state_dict().items()})
+    return model.eval(), manifest
+
+
+def latest_valid(root: Path) -> Checkpoint | None:
+    """The checkpoint with the most epochs that is whole; warns of each newer one that is not."""
+    for path in sorted(root.glob("epoch-*"), reverse=True):
+        try:
+            return Checkpoint(path, verify(path))
+        except CheckpointError as error:
+            log.warning("passing over a checkpoint: %s", error)
+    return None
+
+
+def verify(path: Path) -> Manifest:
+    """The manifest of a whole checkpoint; CheckpointError says what is missing or damaged."""
+    try:
+        manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{str(path)!r} was never committed: it has no {MANIFEST}") from None
+    except (ValidationError, OSError) as error:
+        raise CheckpointError(f"{str(path / MANIFEST)!r} cannot be read: {error}") from None
+    for name, entry in manifest.files.items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != entry.size_bytes:
+            raise CheckpointError(f"{str(file)!r} has {size} bytes instead of {entry.size_bytes}")
+        if _entry(file) != entry:
+            raise CheckpointError(f"{str(file)!r} was changed: its sha256 is not the manifest's")
+    return manifest
+
+
+def refuse_other_schema(manifest: Manifest, schema: Schema) -> None:
+    """CheckpointError naming the features that differ between a checkpoint and the data's schema."""
+    if manifest.data_schema.digest() == schema.digest():
+        return
+    then = {f.name: f.model_dump() for f in (*manifest.data_schema.features, *manifest.data_schema.labels)}
+    now = {f.name: f.model_dump() for f in (*schema.features, *schema.labels)}
+    differences = [f"{name!r} is new" for name in now if name not in then]
+    differences += [f"{name!r} is gone" for name in then if name not in now]
+    for name in (n for n in now if n in then and now[n] != then[n]):
+        keys = [k for k in {**then[name], **now[name]} if then[name].get(k) != now[name].get(k)]
+        changes = ", ".join(f"{key} {then[name].get(key)!r} -> {now[name].get(key)!r}" for key in keys)
+        differences.append(f"{name!r} changed: {changes}")
+    said = "; ".join(differences) or "the same features with other settings or in another order"
+    raise CheckpointError(f"the checkpoint was made for another schema: {said}. Train anew on this data")
+
+
+def retain(root: Path, keep: Iterable[Path]) -> None:
+    """Delete all checkpoints below `root`, torn ones too, but those to `keep`. One worker calls it."""
+    kept = {path.name for path in keep}
+    for path in root.glob("epoch-*"):
+        if path.name not in kept:
+            (path / MANIFEST).unlink(missing_ok=True)  # first: half deleted is torn, not damaged
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def write_synced(file: Path, text: str) -> None:
+    """Replace a file's text in one step that survives a kill and a power cut."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    fresh = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}")
+    with fresh.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    fresh.replace(file)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_json(file: Path) -> Any:
+    """Parsed JSON, or None where there is no file."""
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def _live_state(sharded: ShardedModel) -> dict[str, Any]:
+    weights = {f"weights.{name}": value for name, value in sharded.weights().items()}
+    return weights | {f"sums.{name}": value for name, value in sharded.accumulators().items()}
+
+
+def _empty_like_saved(path: Path, prefix: str) -> dict[str, torch.Tensor]:
+    saved = FileSystemReader(path).read_metadata().state_dict_metadata
+    return {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
+        for key, entry in saved.items()
+        if key.startswith(prefix)
+    }
+
+
+def _read(path: Path, state: dict[str, Any]) -> None:
+    dcp.load(state, storage_reader=FileSystemReader(path), no_dist=True)
+
+
+def _belongs_to(name: str, rank: int) -> bool:
+    """DCP names a rank's files `__<rank>_<n>.distcp`; the metadata is rank 0's."""
+    return name.startswith(f"__{rank}_") or (rank == 0 and not name.startswith("__"))
+
+
+def _entry(file: Path) -> FileEntry:
+    seen = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            seen.update(chunk)
+    return FileEntry(size_bytes=file.stat().st_size, sha256=seen.hexdigest())

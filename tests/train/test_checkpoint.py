@@ -1,0 +1,176 @@
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import recsys_dist.train.checkpoint as checkpoints
+from recsys_dist.errors import CheckpointError
+from recsys_dist.models.protocol import Catalogue
+from recsys_dist.train.checkpoint import Manifest, latest_valid, load_for_inference, retain, verify
+from recsys_dist.train.loop import Epoch, Workers, idle_batch
+from recsys_dist.train.sharding import ShardingConfig, shard
+from tests.train import tiny
+from tests.train.ranks import run_ranks
+from tests.train.test_sharding import ADAGRAD, ROWWISE, SEED, build, local_batches, train, whole
+
+
+def manifest(epoch: int) -> Manifest:
+    return Manifest(
+        model={"name": "tiny"},
+        data_schema=tiny.schema(),
+        vocabulary_digest="v",
+        data_digest="d",
+        seed=SEED,
+        phase="choose",
+        epoch=epoch,
+        step=5 * epoch,
+        history=[{"auc": 0.5 + epoch / 10}],
+    )
+
+
+def sharded_model(kind: dict, optimizer=ROWWISE):
+    loss = build()
+    return shard(loss, loss.model.table_groups(), optimizer, ShardingConfig.parse(kind), SEED + 1)
+
+
+def one_epoch(rank: int, world: int, sharded) -> None:
+    rows = 24 // world
+    epoch = Epoch(sharded.model, sharded.optimizers, idle_batch(tiny.schema(), rows), Workers())
+    train(epoch, local_batches(rank, world, rows))
+
+
+def state(sharded) -> dict[str, np.ndarray]:
+    sums = {f"sums {name}": total for name, total in whole(sharded.accumulators()).items()}
+    return {**whole(sharded.weights()), **sums}
+
+
+def train_and_save(rank: int, world: int, kind: dict, optimizer, root: str) -> dict[str, np.ndarray]:
+    sharded = sharded_model(kind, optimizer)
+    one_epoch(rank, world, sharded)
+    checkpoints.save(Path(root), sharded, catalogue(), manifest(1), Workers())
+    after_one = state(sharded)
+    one_epoch(rank, world, sharded)
+    return {"one": after_one, "two": state(sharded)}
+
+
+def load_and_train(rank: int, world: int, kind: dict, optimizer, root: str) -> dict[str, np.ndarray]:
+    sharded = sharded_model(kind, optimizer)
+    found = latest_valid(Path(root))
+    assert found is not None
+    checkpoints.load(found, sharded)
+    restored = state(sharded)
+    one_epoch(rank, world, sharded)
+    return {"one": restored, "two": state(sharded)}
+
+
+def catalogue() -> Catalogue:
+    return Catalogue(torch.arange(tiny.ROWS["item"]))
+
+
+DATA_PARALLEL = {"tables": {"user": "data_parallel", "item": "data_parallel"}}
+COLUMN_WISE = {"tables": {"user": "column_wise", "step": "column_wise"}}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("optimizer", "first", "then"),
+    [
+        (ROWWISE, (2, {"kind": "table_wise"}), (1, {})),
+        (ROWWISE, (1, {}), (3, {"kind": "row_wise"})),
+        (ROWWISE, (3, {"kind": "row_wise"}), (2, DATA_PARALLEL)),
+        (ROWWISE, (2, DATA_PARALLEL), (2, {"kind": "table_wise"})),
+        (ADAGRAD, (2, COLUMN_WISE), (3, {"kind": "row_wise"})),
+        (ADAGRAD, (2, {"kind": "row_wise"}), (2, COLUMN_WISE)),
+    ],
+)
+def test_training_goes_on_at_another_worker_count_and_sharding(tmp_path, optimizer, first, then):
+    uninterrupted = run_ranks(first[0], train_and_save, *first, optimizer, str(tmp_path))[0]
+    for resumed in run_ranks(then[0], load_and_train, *then, optimizer, str(tmp_path)):
+        for name, value in uninterrupted["one"].items():
+            np.testing.assert_array_equal(resumed["one"][name], value, err_msg=name)
+        for name, value in uninterrupted["two"].items():
+            np.testing.assert_allclose(resumed["two"][name], value, atol=2e-5, err_msg=name)
+
+
+def save_two(rank: int, root: str) -> dict[str, np.ndarray]:
+    sharded = sharded_model({})
+    one_epoch(rank, 2, sharded)
+    checkpoints.save(Path(root), sharded, catalogue(), manifest(1), Workers())
+    checkpoints.save(Path(root), sharded, catalogue(), manifest(2), Workers())
+    return whole(sharded.weights())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> tuple[Path, dict[str, np.ndarray]]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    return root, run_ranks(2, save_two, str(root))[0]
+
+
+@pytest.fixture
+def root(saved, tmp_path) -> Path:
+    for path in saved[0].iterdir():
+        (tmp_path / path.name).mkdir()
+        for file in path.iterdir():
+            (tmp_path / path.name / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+@pytest.mark.ranks
+def test_inference_needs_one_process(saved, monkeypatch):
+    monkeypatch.setattr(checkpoints, "model_module", lambda _: tiny)
+    path = max(saved[0].iterdir())
+    model, found = load_for_inference(path, tiny.schema())
+    assert (found.epoch, found.metrics) == (2, {"auc": 0.7})
+    for name, weight in model.state_dict().items():
+        np.testing.assert_array_equal(weight.numpy(), saved[1][f"model.{name}"])
+    assert not model.training
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("damage", ["no manifest", "cut manifest", "missing file", "short file", "one bit"])
+def test_a_torn_checkpoint_is_passed_over_by_name(root, damage, caplog):
+    newest = max(root.iterdir())
+    file = max(newest.glob("*.distcp"), key=lambda f: f.stat().st_size)
+    content = bytearray(file.read_bytes())
+    if damage == "no manifest":
+        (newest / "manifest.json").unlink()
+    elif damage == "cut manifest":
+        (newest / "manifest.json").write_text((newest / "manifest.json").read_text()[:100])
+    elif damage == "missing file":
+        file.unlink()
+    elif damage == "short file":
+        file.write_bytes(content[:-1])
+    else:
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        found = latest_valid(root)
+    assert found is not None and found.manifest.epoch == 1
+    assert newest.name in caplog.text
+
+
+@pytest.mark.ranks
+def test_retain_keeps_what_it_is_told_to(root):
+    first, second = sorted(root.iterdir())
+    (root / "epoch-0003-torn").mkdir()
+    retain(root, [second])
+    assert list(root.iterdir()) == [second]
+    verify(second)
+    assert not first.exists()
+
+
+@pytest.mark.ranks
+def test_another_schema_is_refused_by_its_difference(root, monkeypatch):
+    monkeypatch.setattr(checkpoints, "model_module", lambda _: tiny)
+    grown = tiny.schema().fitted({"user": 50, "item": 41})
+    with pytest.raises(CheckpointError, match=r"'item' changed: rows 40 -> 41.*'history' changed"):
+        load_for_inference(max(root.iterdir()), grown)
+    fewer = tiny.schema().select(["user", "item", "history", "age"])
+    with pytest.raises(CheckpointError, match="'length' is gone"):
+        load_for_inference(max(root.iterdir()), fewer)
+
+
+def test_nothing_to_resume_from(tmp_path):
+    assert latest_valid(tmp_path / "none") is None

@@ -91,7 +91,7 @@ def embedding_tables(
     pooling: PoolingType = PoolingType.MEAN,
     prefix: str = "",
 ) -> EmbeddingBagCollection:
-    """One table [rows, dim] per `schema.table(feature)`, on the meta device until `materialise` or sharding.
+    """One table [rows, dim] per `schema.table(feature)`, on the meta device until sharded or materialised.
 
     Features that share a table (an item and the sequences of such items) are looked up in it together.
     A single id pooled is itself; no ids at all (padding, an empty history) pool to zeros. `prefix` keeps
@@ -131,15 +131,3 @@ def pooled(embeddings: KeyedTensor, names: Sequence[str]) -> torch.Tensor:
         return embeddings.values()
     by_name = embeddings.to_dict()
     return torch.cat([by_name[name] for name in names], dim=1)
-
-
-def materialise(model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
-    """Give every embedding table of an unsharded model memory on `device` and its starting values."""
-    for module in model.modules():
-        if isinstance(module, EmbeddingBagCollection):
-            module.to_empty(device=torch.device(device))
-            with torch.no_grad():
-                for config in module.embedding_bag_configs():
-                    assert config.init_fn is not None, config.name
-                    config.init_fn(module.embedding_bags[config.name].weight)
-    return model.to(device)

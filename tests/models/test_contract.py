@@ -8,9 +8,9 @@ import torch
 
 from recsys_dist.batch import Batch
 from recsys_dist.config import rng_for
-from recsys_dist.models.layers import materialise
 from recsys_dist.models.protocol import Catalogue, model_module, model_names
 from recsys_dist.schema import Schema
+from recsys_dist.train.sharding import materialise
 from tests.batches import random_batch, small_schema, take
 
 pytestmark = pytest.mark.parametrize("name", model_names())
@@ -23,7 +23,7 @@ def build(name: str, seed: int = 0) -> tuple[Any, Schema]:
     schema = module.Model.inputs(small_schema(), cfg)
     torch.manual_seed(seed)
     positives = torch.arange(schema.item_id.rows or 0)
-    return materialise(module.Model(cfg, schema, Catalogue(positives))), schema
+    return materialise(module.Model(cfg, schema, Catalogue(positives)), seed), schema
 
 
 def outputs(model: Any, batch: Batch) -> torch.Tensor:

@@ -6,8 +6,9 @@ import torch
 from torchrec import KeyedJaggedTensor, KeyedTensor, PoolingType
 
 from recsys_dist.errors import ConfigError
-from recsys_dist.models.layers import MLP, embedding_tables, materialise, normal, pooled, uniform
+from recsys_dist.models.layers import MLP, embedding_tables, normal, pooled, uniform
 from recsys_dist.schema import Schema
+from recsys_dist.train.sharding import materialise
 from tests.batches import small_schema
 
 
@@ -55,7 +56,7 @@ def test_pooling_is_the_mean_of_the_ids_and_zero_of_none() -> None:
     schema = small_schema()
     for pooling, fold in ((PoolingType.MEAN, torch.mean), (PoolingType.SUM, torch.sum)):
         tables = embedding_tables(schema, [schema["item"], schema["watched"]], 4, normal(1), pooling)
-        materialise(tables)
+        materialise(tables, seed=0)
         weight = tables.embedding_bags["item"].weight
         sparse = KeyedJaggedTensor(
             keys=["watched", "item"],
@@ -77,10 +78,13 @@ def test_pooled_orders_columns_by_name_not_by_shard() -> None:
 
 def test_tables_start_as_told() -> None:
     schema = small_schema()
-    torch.manual_seed(2)
-    weight = materialise(embedding_tables(schema, schema.ids, 64, normal(0.01))).embedding_bags["item"].weight
+    weight = (
+        materialise(embedding_tables(schema, schema.ids, 64, normal(0.01)), 2).embedding_bags["item"].weight
+    )
     assert 0.009 < weight.std() < 0.011 and weight.requires_grad
-    weight = materialise(embedding_tables(schema, schema.ids, 64, uniform(0.2))).embedding_bags["item"].weight
+    weight = (
+        materialise(embedding_tables(schema, schema.ids, 64, uniform(0.2)), 2).embedding_bags["item"].weight
+    )
     assert 0.19 < weight.abs().max() <= 0.2
 
 

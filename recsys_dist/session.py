@@ -17,8 +17,11 @@ def connect() -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    quiet = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-    else:
-        ray.init(address="local", object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **quiet)
+    here = not os.environ.get("RAY_ADDRESS")
+    ray.init(
+        address="local" if here else None,
+        object_store_memory=OBJECT_STORE_BYTES if here else None,
+        include_dashboard=False if here else None,
+        log_to_driver=False,
+        logging_level="error",
+    )

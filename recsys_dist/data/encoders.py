@@ -127,8 +127,8 @@ class Encoders:
         for name, prior in numbers["priors"].items():
             table = pq.read_table(directory / f"statistic.{name}.parquet")
             keys = Vocabulary.load(directory / f"statistic.{name}.keys.parquet")
-            columns = (table[column].to_numpy() for column in ("at", "count", "positives"))
-            statistics[name] = Statistics(keys, *columns, prior)
+            at, count, positives = (table[column].to_numpy() for column in ("at", "count", "positives"))
+            statistics[name] = Statistics(keys, at, count, positives, prior)
         return cls(
             schema,
             {

@@ -17,7 +17,7 @@ from recsys_dist.data.encoders import Encoders
 from recsys_dist.data.entities import Entities
 from recsys_dist.data.histories import Timeline
 from recsys_dist.data.split import SPLITS, Split
-from recsys_dist.schema import AnyFeature, Bucketed, Categorical, Numeric, Sequence, Statistic, Time, side
+from recsys_dist.schema import Bucketed, Categorical, Cross, Numeric, Sequence, Statistic, Time, side
 
 STATE = "state"  # a row that asks for a user's features at a moment, and is no event
 
@@ -44,12 +44,13 @@ def sort_events(events: pa.Table) -> pa.Table:
     return events.sort_by([(name, "ascending") for name in ("user_id", "timestamp", "item_id")])
 
 
-def features(events: pa.Table, world: World) -> dict[str, pa.Array]:
-    """A column per feature of the schema, a row per event of `events` (sorted by `sort_events`).
+def features(events: pa.Table, world: World, of: np.ndarray) -> dict[str, pa.Array]:
+    """A column per feature of the schema, a row per event at positions `of` [m].
 
-    An event's features use its own context and what happened strictly before its timestamp.
+    `events` are sorted by `sort_events`. An event's features use its own context and what happened
+    strictly before its timestamp.
     """
-    return {f.name: column for f, column in _Builder(events, world).columns()}
+    return _Builder(events, world, of).columns()
 
 
 def examples(events: pa.Table, world: World, split: Split) -> pa.Table:
@@ -58,29 +59,30 @@ def examples(events: pa.Table, world: World, split: Split) -> pa.Table:
     `order` is a hash of user, item and time: sorting by it shuffles the log alike in every run.
     """
     schema = world.encoders.schema
-    chosen = pa.array(~np.asarray(events["history"]))
-    columns: dict[str, pa.Array | pa.ChunkedArray] = dict(features(events, world))
-    columns |= {label.name: events[label.name].cast(pa.float32()) for label in schema.labels}
-    columns |= {name: events[name] for name in ("user_id", "item_id", "timestamp")}
-    if "bayes_probability" in events.column_names:
-        columns["bayes_probability"] = events["bayes_probability"].cast(pa.float32())
-    columns["split"] = pa.array(split.assign(events["date"]))
-    columns["positive"] = pa.array(is_positive(events, schema))
-    columns["order"] = pa.array(_order(events))
-    return pa.table(columns).filter(chosen)
+    of = np.flatnonzero(~np.asarray(events["history"]))
+    made = events.take(pa.array(of))
+    columns: dict[str, pa.Array | pa.ChunkedArray] = dict(features(events, world, of))
+    columns |= {label.name: made[label.name].cast(pa.float32()) for label in schema.labels}
+    columns |= {name: made[name] for name in ("user_id", "item_id", "timestamp")}
+    if "bayes_probability" in made.column_names:
+        columns["bayes_probability"] = made["bayes_probability"].cast(pa.float32())
+    columns["split"] = pa.array(split.assign(made["date"]))
+    columns["positive"] = pa.array(is_positive(made, schema))
+    columns["order"] = pa.array(_order(made))
+    return pa.table(columns)
 
 
-def user_states(events: pa.Table, world: World, split: Split, of: str) -> pa.Table:
-    """Users with a positive in split `of`: features as of its first moment, `truth` and `seen` item rows.
+def user_states(events: pa.Table, world: World, split: Split, name: str) -> pa.Table:
+    """Users with a positive in split `name`: features as of its first moment, `truth` and `seen` item rows.
 
     truth  list<int32>: rows of the distinct items that the user wanted in the split, 0 = not in the catalogue
     seen   list<int32>: rows of the distinct items that the user was shown before it
     """
     schema = world.encoders.schema
-    index = SPLITS.index(of)
+    index = SPLITS.index(name)
     assigned = np.where(np.asarray(events["history"]), -1, split.assign(events["date"]))
     wanted = (assigned == index) & is_positive(events, schema)
-    moment = _first_moment(split, of, schema.utc_offset_hours)
+    moment = _first_moment(split, name, schema.utc_offset_hours)
     users = pc.unique(events["user_id"].filter(pa.array(wanted)))
     before = events.filter(pa.array(assigned < index))
     states = pa.table(
@@ -91,15 +93,14 @@ def user_states(events: pa.Table, world: World, split: Split, of: str) -> pa.Tab
         }
     )
     both = sort_events(pa.concat_tables([before, states.cast(states.schema)], promote_options="default"))
-    asked = np.asarray(pc.fill_null(both[STATE], False))
-    columns = {name: column.filter(pa.array(asked)) for name, column in features(both, world).items()}
-    kept = both["user_id"].filter(pa.array(asked))
+    of = np.flatnonzero(np.asarray(pc.fill_null(both[STATE], False)))
+    kept = both["user_id"].take(pa.array(of))
     item_rows = world.item_inputs[schema.item_id.name]
     return pa.table(
         {
-            **columns,
+            **features(both, world, of),
             "user_id": kept,
-            "timestamp": both["timestamp"].filter(pa.array(asked)),
+            "timestamp": both["timestamp"].take(pa.array(of)),
             "truth": _rows_per_user(events.filter(pa.array(wanted)), kept, world.items, item_rows),
             "seen": _rows_per_user(before, kept, world.items, item_rows),
         }
@@ -107,30 +108,33 @@ def user_states(events: pa.Table, world: World, split: Split, of: str) -> pa.Tab
 
 
 class _Builder:
-    """Feature columns of sorted events; what several features share is computed once."""
+    """Feature columns of the events at positions `of`; what several features share is computed once."""
 
-    def __init__(self, events: pa.Table, world: World) -> None:
-        self.events = events
+    def __init__(self, events: pa.Table, world: World, of: np.ndarray) -> None:
+        self.past = events
+        self.of = of
+        self.asked = events.take(pa.array(of))
         self.world = world
         self.schema = world.encoders.schema
-        self.timestamp_us = np.asarray(events["timestamp"].cast(pa.int64()))
-        self.user = world.users.positions(events["user_id"])
-        self.item = world.items.positions(events["item_id"])
+        self.timestamp_us = np.asarray(self.asked["timestamp"].cast(pa.int64()))
+        self.user = world.users.positions(self.asked["user_id"])
+        self.past_item = world.items.positions(events["item_id"])
+        self.item = self.past_item[of]
 
-    def columns(self) -> list[tuple[AnyFeature, pa.Array]]:
-        built: dict[str, np.ndarray] = {}
-        arrays: list[tuple[AnyFeature, pa.Array]] = []
-        ordered = sorted(self.schema.features, key=lambda f: f.kind == "cross")  # crosses read the others
-        for feature in ordered:
+    def columns(self) -> dict[str, pa.Array]:
+        singles = {
+            f.name: self._single(f) for f in self.schema.features if not isinstance(f, Cross | Sequence)
+        }
+        columns: dict[str, pa.Array] = {}
+        for feature in self.schema.features:
             if isinstance(feature, Sequence):
-                arrays.append((feature, self._sequence(feature)))
-                continue
-            if feature.kind == "cross":
-                built[feature.name] = transforms.cross([built[n] for n in feature.of], feature.hash_buckets)
+                columns[feature.name] = self._sequence(feature)
+            elif isinstance(feature, Cross):
+                parts = [singles[name] for name in feature.of]
+                columns[feature.name] = pa.array(transforms.cross(parts, feature.hash_buckets))
             else:
-                built[feature.name] = self._single(feature)
-            arrays.append((feature, pa.array(built[feature.name])))
-        return arrays
+                columns[feature.name] = pa.array(singles[feature.name])
+        return columns
 
     def _single(self, feature: Categorical | Bucketed | Numeric | Time | Statistic) -> np.ndarray:
         if isinstance(feature, Time):
@@ -144,7 +148,7 @@ class _Builder:
             case "item":
                 return self.world.item_inputs[feature.name][self.item]
             case "context":
-                return self.world.encoders.encode(feature, self.events[feature.column])
+                return self.world.encoders.encode(feature, self.asked[feature.column])
 
     def _statistic(self, feature: Statistic) -> np.ndarray:
         stats = self.world.encoders.statistics[feature.name]
@@ -154,7 +158,7 @@ class _Builder:
             if side(feature.key) == "item":
                 keys = self.world.item_inputs[feature.name][self.item]
             else:
-                keys = stats.keys.lookup(self.events[feature.key])
+                keys = stats.keys.lookup(self.asked[feature.key])
             today = transforms.day(self.timestamp_us, self.schema.utc_offset_hours)
             count, positives = stats.before(keys, np.minimum(today, self.world.encoders.freeze_day))
         if feature.label is None:
@@ -163,35 +167,36 @@ class _Builder:
 
     def _user_totals(self, feature: Statistic) -> tuple[np.ndarray, np.ndarray]:
         if feature.label is None:
-            return self.timeline.count(self.is_event), np.zeros(len(self.user))
-        label = transforms.floats(self.events[feature.label])
+            return self.timeline.count(self.is_event)[self.of], np.zeros(len(self.of))
+        label = transforms.floats(self.past[feature.label])
         known = np.isfinite(label)
-        return self.timeline.count(known), self.timeline.count(np.where(known, label, 0.0))
+        positives = self.timeline.count(np.where(known, label, 0.0))
+        return self.timeline.count(known)[self.of], positives[self.of]
 
     def _sequence(self, feature: Sequence) -> pa.Array:
         wanted = self.is_event
         if feature.where is not None:
-            label = transforms.floats(self.events[feature.where])
+            label = transforms.floats(self.past[feature.where])
             wanted = wanted & (np.nan_to_num(label) > 0)
-        offsets, at = self.timeline.last(wanted, feature.max_length)
-        ids = self.world.item_inputs[feature.of][self.item[at]]
+        offsets, at = self.timeline.last(wanted, feature.max_length, self.of)
+        ids = self.world.item_inputs[feature.of][self.past_item[at]]
         return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(ids))
 
     @cached_property
     def is_event(self) -> np.ndarray:
-        if STATE not in self.events.column_names:
-            return np.ones(len(self.events), bool)
-        return ~np.asarray(pc.fill_null(self.events[STATE], False))
+        if STATE not in self.past.column_names:
+            return np.ones(len(self.past), bool)
+        return ~np.asarray(pc.fill_null(self.past[STATE], False))
 
     @cached_property
     def timeline(self) -> Timeline:
-        codes = self.events["user_id"].combine_chunks().dictionary_encode().indices
-        return Timeline.of(np.asarray(codes), self.timestamp_us)
+        codes = self.past["user_id"].combine_chunks().dictionary_encode().indices
+        return Timeline.of(np.asarray(codes), np.asarray(self.past["timestamp"].cast(pa.int64())))
 
 
-def _first_moment(split: Split, of: str, utc_offset_hours: float) -> int:
+def _first_moment(split: Split, name: str, utc_offset_hours: float) -> int:
     """Midnight, local time, of the split's first day, in microseconds since the epoch."""
-    first = split.valid_from if of == "valid" else split.test_from
+    first = split.valid_from if name == "valid" else split.test_from
     days = np.datetime64(first, "D").astype(np.int64)
     return int(days * transforms.DAY_US - utc_offset_hours * transforms.HOUR_US)
 
@@ -210,8 +215,7 @@ def _rows_per_user(
 
 
 def _order(events: pa.Table) -> np.ndarray:
-    text = (np.asarray(events[name].combine_chunks()) for name in ("user_id", "item_id"))
     mixed = np.asarray(events["timestamp"].cast(pa.int64())).astype(np.uint64)
-    for column in text:
-        mixed = transforms.mix(mixed ^ transforms.hash_array(column))
+    for name in ("user_id", "item_id"):
+        mixed = transforms.mix(mixed ^ transforms.hash_text(events[name]))
     return mixed

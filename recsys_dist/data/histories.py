@@ -27,17 +27,16 @@ class Timeline:
         total = np.r_[0, np.cumsum(counted)]
         return total[self.before] - total[self.start]
 
-    def last(self, wanted: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """The last `length` wanted events of each event's past, oldest first.
+    def last(self, wanted: np.ndarray, length: int, of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The last `length` wanted events in the past of the events at positions `of` [m], oldest first.
 
-        Returns (offsets [n + 1], positions [offsets[-1]]): event i's past is
+        Returns (offsets [m + 1], positions [offsets[-1]]): the past of event `of[i]` is
         `positions[offsets[i]:offsets[i + 1]]`, indices into the sorted events.
         """
-        chosen = np.flatnonzero(wanted)
         total = np.r_[0, np.cumsum(wanted)]
-        stop = total[self.before]
-        first = np.maximum(total[self.start], stop - length)
-        return _ranges(chosen, first, stop)
+        stop = total[self.before[of]]
+        first = np.maximum(total[self.start[of]], stop - length)
+        return _ranges(np.flatnonzero(wanted), first, stop)
 
 
 def _last_true(flags: np.ndarray) -> np.ndarray:

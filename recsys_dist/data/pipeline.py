@@ -151,9 +151,7 @@ def _fit(path: Path, source: Source, schema: Schema, counts: Counts, split: Spli
     users = Entities.of(
         source.users(), "user_id", counts.totals("user_id", FITTED_ON)["value"].combine_chunks()
     )
-    items = Entities.of(
-        source.items(), "item_id", counts.by_column["item_id"]["value"].unique()
-    )
+    items = Entities.of(source.items(), "item_id", counts.by_column["item_id"]["value"].unique())
     freeze = (split.test_from - dt.date(1970, 1, 1)).days
     world = World(fitting.fit(schema, counts, users, items, freeze), users, items)
     world.encoders.save(path / "vocabulary")

@@ -55,7 +55,7 @@ class ReadPart:
 
     def _routed(self, checked: Validated, number: int) -> pa.Table:
         """Kept rows with where they came from and the bucket, which holds all events of a user."""
-        hashed = transforms.hash_array(np.asarray(checked.kept["user_id"].combine_chunks()))
+        hashed = transforms.hash_text(checked.kept["user_id"])
         bucket = (hashed % np.uint64(self.buckets)).astype(np.int32)
         routed = checked.kept.append_column(BUCKET, pa.array(bucket))
         routed = routed.append_column("part", pa.array(np.full(len(bucket), number, np.int32)))

@@ -63,10 +63,14 @@ def bucketise(column: pa.Array | pa.ChunkedArray, bounds: np.ndarray) -> np.ndar
 def hash_rows(column: pa.Array | pa.ChunkedArray, buckets: int) -> np.ndarray:
     """[n] int32 in 1..buckets by a hash that is the same in every process; row 0 where null."""
     text = column.cast(pa.string())
-    flat = text.combine_chunks() if isinstance(text, pa.ChunkedArray) else text
-    hashed = hash_array(flat.fill_null("").to_numpy(zero_copy_only=False))
-    rows = 1 + (hashed % np.uint64(buckets)).astype(np.int64)
-    return np.where(flat.is_null().to_numpy(zero_copy_only=False), 0, rows).astype(np.int32)
+    rows = 1 + (hash_text(text) % np.uint64(buckets)).astype(np.int64)
+    return np.where(np.asarray(text.is_null()), 0, rows).astype(np.int32)
+
+
+def hash_text(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """[n] uint64 SipHash of text, the same in every process; null hashes as the empty text."""
+    flat = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    return hash_array(flat.fill_null("").to_numpy(zero_copy_only=False))
 
 
 def cross(parts: list[np.ndarray], buckets: int) -> np.ndarray:

@@ -66,7 +66,7 @@ def test_every_feature_equals_a_computation_row_by_row(log: pa.Table, world: Wor
     clicks = [r["click"] for r in fitted if r["click"] is not None]
     prior = sum(clicks) / len(clicks)
     ages = [age_of[r["user_id"]] for r in fitted if r["user_id"] in age_of]
-    got = {name: column.to_pylist() for name, column in features(log, world).items()}
+    got = {name: column.to_pylist() for name, column in features(log, world, np.arange(len(log))).items()}
 
     def genre(row: dict[str, Any]) -> str | None:
         return item_of.get(row["item_id"], {}).get("genre")
@@ -93,7 +93,9 @@ def test_every_feature_equals_a_computation_row_by_row(log: pa.Table, world: Wor
         age = age_of.get(row["user_id"])
         want["age"] = 0.0 if age is None else (age - np.mean(ages)) / np.std(ages)
         for name, value in want.items():
-            assert got[name][at] == (value if isinstance(value, int | list) else pytest.approx(value, abs=1e-5)), (
+            assert got[name][at] == (
+                value if isinstance(value, int | list) else pytest.approx(value, abs=1e-5)
+            ), (
                 name,
                 row,
             )
@@ -116,7 +118,8 @@ def test_the_future_changes_nothing(log: pa.Table, world: World) -> None:
     click = pa.array(flipped.to_numpy(), from_pandas=True).cast(pa.int8())
     changed = log.set_column(log.column_names.index("click"), "click", click)
     assert world_of(changed).encoders.digest() == world.encoders.digest()
-    before, after = features(log, world), features(changed, world)
+    every = np.arange(len(log))
+    before, after = features(log, world, every), features(changed, world, every)
     early = pa.array(np.asarray(pc.less_equal(log["timestamp"], moment)))
     moved = [n for n in before if before[n].filter(early) != after[n].filter(early)]
     assert moved == []

@@ -1,0 +1,228 @@
+"""The only mlflow: sends an outbox's records to a tracking server, in order, once.
+
+Sending a record twice is harmless (times and steps are the record's own, and MLflow keeps equal points
+once), so the position is saved after each call that succeeded and nothing is lost or doubled by a kill.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import mlflow.telemetry
+from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from mlflow.utils.validation import (
+    MAX_ENTITY_KEY_LENGTH,
+    MAX_METRICS_PER_BATCH,
+    MAX_PARAM_VAL_LENGTH,
+    MAX_PARAMS_TAGS_PER_BATCH,
+    MAX_TAG_VAL_LENGTH,
+)
+from sqlalchemy.exc import SQLAlchemyError
+
+from recsys_dist.outbox import Recorder, State, without_credentials
+
+log = logging.getLogger(__name__)
+
+REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # answers that no later try would change
+TROUBLE = (MlflowException, SQLAlchemyError, OSError)  # requests' errors are OSErrors
+OUTBOX_TAG = "recsys_dist.outbox"
+
+Entity = Metric | Param | RunTag
+
+
+@dataclass
+class Sender:
+    """Delivers one outbox in order; `state` is saved after every call that the server accepted."""
+
+    directory: Path
+    state: State
+    recorder: Recorder = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.recorder = Recorder(self.directory)
+
+    def waiting_records(self) -> int:
+        return sum(1 for _ in self.recorder.read(self.state.delivered_bytes))
+
+    def deliver(self) -> None:
+        """Send all that waits. Raises one of TROUBLE where the server does not take it."""
+        if not self.waiting_records():
+            return
+        with _one_writer(self.state.uri):
+            client = MlflowClient(tracking_uri=self.state.uri)
+            try:
+                self._send_waiting(client, self._run_id(client))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                self._save(replace(self.state, run_id=None, delivered_bytes=0))  # the store was replaced:
+                self._send_waiting(client, self._run_id(client))  # the outbox still has everything
+
+    def _save(self, state: State) -> None:
+        state.save(self.directory)
+        self.state = state
+
+    def _run_id(self, client: MlflowClient) -> str:
+        if self.state.run_id is None:
+            experiment = _experiment_id(client, self.state)
+            found = client.search_runs([experiment], f"tags.`{OUTBOX_TAG}` = '{self.state.token}'")
+            if found:
+                run_id = found[0].info.run_id
+            else:
+                started_ms = next(record["time_ms"] for record, _ in self.recorder.read())
+                tags = {OUTBOX_TAG: self.state.token}
+                run_id = client.create_run(experiment, started_ms, tags, self.state.name).info.run_id
+            self._save(replace(self.state, run_id=run_id))
+        assert self.state.run_id is not None
+        return self.state.run_id
+
+    def _send_waiting(self, client: MlflowClient, run_id: str) -> None:
+        batch: list[Entity] = []
+        reached = self.state.delivered_bytes
+        for record, end in self.recorder.read(reached):
+            for entity in _entities(record):
+                if _full(batch):
+                    self._send_batch(client, run_id, batch)
+                    self._save(
+                        replace(self.state, delivered_bytes=reached)
+                    )  # this record is sent again: harmless
+                    batch = []
+                batch.append(entity)
+            if record["kind"] not in ("metrics", "params", "tags"):
+                self._send_batch(client, run_id, batch)
+                batch = []
+                self._send_other(client, run_id, record)
+                self._save(replace(self.state, delivered_bytes=end))
+            reached = end
+        self._send_batch(client, run_id, batch)
+        self._save(replace(self.state, delivered_bytes=reached))
+
+    def _send_batch(self, client: MlflowClient, run_id: str, batch: list[Entity]) -> None:
+        if not batch:
+            return
+        try:
+            client.log_batch(
+                run_id,
+                metrics=[entity for entity in batch if isinstance(entity, Metric)],
+                params=[entity for entity in batch if isinstance(entity, Param)],
+                tags=[entity for entity in batch if isinstance(entity, RunTag)],
+            )
+        except MlflowException as error:
+            if error.error_code not in REFUSED:
+                raise
+            if len(batch) == 1:
+                log.warning("MLflow refuses %s: %s", batch[0].key, short_reason(error))
+            else:  # find the one that spoils the batch
+                half = len(batch) // 2
+                self._send_batch(client, run_id, batch[:half])
+                self._send_batch(client, run_id, batch[half:])
+
+    def _send_other(self, client: MlflowClient, run_id: str, record: dict[str, Any]) -> None:
+        try:
+            match record["kind"]:
+                case "status" if record["status"] == "RUNNING":
+                    client.update_run(run_id, status="RUNNING")
+                case "status":
+                    client.set_terminated(run_id, record["status"], end_time=record["time_ms"])
+                case "artifact":
+                    path = self.directory / record["path"]
+                    client.log_artifact(run_id, str(path), record["folder"] or None)
+                case "data":
+                    source = json.dumps({"uri": record["source"]})
+                    dataset = Dataset(record["name"], record["digest"][:36], "local", source)
+                    client.log_inputs(run_id, [DatasetInput(dataset)])
+                case kind:
+                    log.warning("a record of kind %r is not known to this version; skipped", kind)
+        except FileNotFoundError as error:
+            log.warning("artifact was removed before it could be sent: %s", error.filename)
+        except MlflowException as error:
+            if error.error_code not in REFUSED:
+                raise
+            log.warning("MLflow refuses %s: %s", record, short_reason(error))
+
+
+def prepare_mlflow(request_timeout_s: int) -> None:
+    """Short calls, no telemetry, no migration chatter. By default a dead server blocks a call for 247 s."""
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(request_timeout_s)
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # the outbox is the retry
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    mlflow.telemetry.set_telemetry_client()  # type: ignore[no-untyped-call]
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def short_reason(error: BaseException) -> str:
+    """The root cause in one line, without what a URI may hold of passwords."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    lines = str(error).strip().splitlines()
+    return without_credentials(f"{type(error).__name__}: {lines[0][:300] if lines else ''}")
+
+
+def _entities(record: dict[str, Any]) -> list[Entity]:
+    time_ms, values = record["time_ms"], record.get("values", {})
+    match record["kind"]:
+        case "metrics":
+            return [Metric(_key(k), v, time_ms, record["step"]) for k, v in values.items()]
+        case "params":
+            return [Param(_key(k), _cut(v, MAX_PARAM_VAL_LENGTH)) for k, v in values.items()]
+        case "tags":
+            return [RunTag(_key(k), _cut(v, MAX_TAG_VAL_LENGTH)) for k, v in values.items()]
+        case _:
+            return []
+
+
+def _full(batch: list[Entity]) -> bool:
+    """MLflow takes 1,000 metrics, 100 parameters, 100 tags and 1 MB at once."""
+    texts = sum(1 for entity in batch if not isinstance(entity, Metric))
+    return len(batch) >= MAX_METRICS_PER_BATCH or texts >= MAX_PARAMS_TAGS_PER_BATCH
+
+
+def _key(name: str) -> str:
+    """MLflow's alphabet for names: `recall@50` becomes `recall_at_50`."""
+    return re.sub(r"[^/\w.\- :]", "_", name.replace("@", "_at_"))[:MAX_ENTITY_KEY_LENGTH]
+
+
+def _cut(text: str, length: int) -> str:
+    """MLflow's limit; the whole text stands in the run's config.yaml."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _experiment_id(client: MlflowClient, state: State) -> str:
+    found = client.get_experiment_by_name(state.experiment)
+    if found is not None:
+        return str(found.experiment_id)
+    database = _sqlite_path(state.uri)
+    place = (database.parent / "mlartifacts").as_uri() if database else None  # a server has its own
+    try:
+        return client.create_experiment(state.experiment, artifact_location=place)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another run was quicker
+            raise
+        return _experiment_id(client, state)
+
+
+def _sqlite_path(uri: str) -> Path | None:
+    return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
+
+
+@contextmanager
+def _one_writer(uri: str) -> Iterator[None]:
+    """SQLite has one writer at a time here: first use by two at once breaks its tables (measured)."""
+    database = _sqlite_path(uri)
+    if database is None:
+        yield
+        return
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with database.with_suffix(".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,212 @@
+"""Every run in MLflow: `open_run` begins or goes on with one, `deliver_pending` sends what was missed.
+
+    run = tracking.open_run(TrackingConfig(), out, "ranking")  # starts a thread; never waits for a server
+    run.record.config(cfg.model_dump(mode="json"))             # outbox.Recorder: all there is to tell
+    run.record.metrics({"valid/auc": 0.74}, step=3)
+    delivery = run.close("FINISHED")                           # waits a little; says what is still unsent
+
+Records go to a local file first. The thread sends them in order and remembers how far it came; what a dead
+server missed is sent by the same thread once it answers, by the next run of the same name, or by
+`deliver_pending`. Sending twice is harmless: times and steps are the records' own.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pydantic import Field, field_validator
+
+from recsys_dist.config import Config
+from recsys_dist.delivery import TROUBLE, Sender, prepare_mlflow, short_reason
+from recsys_dist.errors import ConfigError
+from recsys_dist.outbox import State, Status, load_state, try_lock, without_credentials
+from recsys_dist.usage import UsageSampler
+
+log = logging.getLogger(__name__)
+
+SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
+EVERY_S = 1.0
+LONGEST_PAUSE_S = 60.0  # between tries of a server that is down
+FINAL_WAIT_S = 60.0  # a dead server fails within request_timeout_s; this bounds one that drips
+
+
+class TrackingConfig(Config):
+    """Where runs are tracked. Credentials go into MLFLOW_TRACKING_USERNAME, _PASSWORD or _TOKEN."""
+
+    uri: str | None = Field(None, description="default: sqlite:///OUT/mlflow.db with artifacts beside it")
+    experiment: str = Field("recsys_dist", min_length=1, max_length=500)
+    request_timeout_s: int = Field(5, ge=1, le=600, description="of one call to the server")
+    system_metrics_every_s: float = Field(10.0, gt=0)
+
+    @field_validator("uri")
+    @classmethod
+    def _known_scheme(cls, uri: str | None) -> str | None:
+        if uri is not None and uri.split(":")[0].split("+")[0] not in SCHEMES:
+            raise ValueError(
+                f"expected a URI that starts with one of {', '.join(SCHEMES)}, as in sqlite:///a.db"
+            )
+        return uri
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """How far a run's records came: `trouble` says why `waiting_records` are still on this machine."""
+
+    name: str
+    run_id: str | None
+    waiting_records: int
+    trouble: str | None
+
+
+class Run:
+    """An open run: `record` takes the news, a thread delivers them. Made by `open_run`, used as a context."""
+
+    def __init__(self, sender: Sender, sampler: UsageSampler, lock: int) -> None:
+        self.record = sender.recorder
+        self._sender, self._sampler, self._lock = sender, sampler, lock
+        self._trouble: str | None = None
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="tracking", daemon=True)
+        self._thread.start()
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id, None until the server has been reached once."""
+        return self._sender.state.run_id
+
+    @property
+    def uri(self) -> str:
+        """The tracking server's address without credentials."""
+        return without_credentials(self._sender.state.uri)
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        """The most memory that this process and its descendants held at once so far."""
+        return self._sampler.peak_rss_bytes
+
+    def close(self, status: Status = "FINISHED") -> Delivery:
+        """Record the end, try once more to deliver, and tell what is left. Never raises for a server."""
+        self._sampler.stop()
+        self.record.status(status)
+        self._closing.set()
+        self._thread.join(FINAL_WAIT_S)
+        delivery = _delivery(self._sender, self._trouble)
+        os.close(self._lock)
+        return delivery
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close("FINISHED")
+        else:
+            self.close("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
+
+    def _loop(self) -> None:
+        pause_s, closing = EVERY_S, False
+        while not closing:
+            closing = self._closing.wait(pause_s)
+            try:
+                self._sender.deliver()
+            except TROUBLE as error:
+                if self._trouble is None:
+                    log.warning("%s takes no records: %s; the run goes on", self.uri, short_reason(error))
+                self._trouble = short_reason(error)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            else:
+                self._trouble = None
+                pause_s = EVERY_S
+
+
+def open_run(cfg: TrackingConfig, out: Path, name: str) -> Run:
+    """Start tracking the run `name` of `out`, or go on with it where it was begun before.
+
+    Its records lie in `out`/tracking/`name`. Returns at once, whether the server answers or not.
+    Raises ConfigError where another living process writes the same run.
+    """
+    directory = (out / "tracking" / name).resolve()
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = try_lock(directory / "lock")
+    if lock is None:
+        raise ConfigError(
+            f"run {name!r} in {str(out)!r} is being written by another process; "
+            "wait for it or choose another --out"
+        )
+    prepare_mlflow(cfg.request_timeout_s)
+    uri = cfg.uri or f"sqlite:///{out.resolve() / 'mlflow.db'}"
+    state = load_state(directory)
+    if state is None:
+        state = State(uri, cfg.experiment, name, token=os.urandom(16).hex())
+    elif (state.uri, state.experiment) != (uri, cfg.experiment):  # another server hears it all from the start
+        state = replace(state, uri=uri, experiment=cfg.experiment, run_id=None, delivered_bytes=0)
+    sender = Sender(directory, state)
+    state.save(directory)
+    sender.recorder.status("RUNNING")
+    sender.recorder.tags(provenance())
+    return Run(sender, UsageSampler(sender.recorder, cfg.system_metrics_every_s), lock)
+
+
+def deliver_pending(out: Path, request_timeout_s: int = 5) -> list[Delivery]:
+    """Send what earlier runs of `out` could not; returns those that had something to send.
+
+    A run whose driver died without a word is marked KILLED. Runs that a living process writes are left
+    alone, and a server that fails once is not asked again in this call.
+    """
+    prepare_mlflow(request_timeout_s)
+    deliveries: list[Delivery] = []
+    failed: dict[str, str] = {}
+    for path in sorted((out / "tracking").resolve().glob("*/state.json")):
+        state, lock = load_state(path.parent), try_lock(path.parent / "lock")
+        if state is not None and lock is not None:
+            sender = Sender(path.parent, state)
+            if sender.recorder.last_status() == "RUNNING":
+                sender.recorder.status("KILLED")
+            if sender.waiting_records():
+                deliveries.append(_deliver_once(sender, failed))
+        if lock is not None:
+            os.close(lock)
+    return deliveries
+
+
+def _deliver_once(sender: Sender, failed: dict[str, str]) -> Delivery:
+    uri = sender.state.uri
+    if uri not in failed:
+        try:
+            sender.deliver()
+        except TROUBLE as error:
+            failed[uri] = short_reason(error)
+    return _delivery(sender, failed.get(uri))
+
+
+def _delivery(sender: Sender, trouble: str | None) -> Delivery:
+    return Delivery(sender.state.name, sender.state.run_id, sender.waiting_records(), trouble)
+
+
+def provenance() -> dict[str, str]:
+    """Tags that say which code ran: git commit, whether the tree was changed, the command."""
+    root = Path(__file__).resolve().parent.parent
+    command = without_credentials(" ".join(sys.argv))
+    tags = {"mlflow.source.name": command, "mlflow.source.type": "LOCAL"}
+    if _git(root, "rev-parse", "--show-toplevel") == str(root):
+        tags["mlflow.source.git.commit"] = _git(root, "rev-parse", "HEAD") or "none yet"
+        tags["git.changed_files"] = str(len(_git(root, "status", "--porcelain").splitlines()))
+    return tags
+
+
+def _git(root: Path, *arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", "-C", root, *arguments], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

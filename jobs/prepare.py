@@ -32,7 +32,7 @@ def parse(argv: list[str]) -> tuple[PrepareConfig, str]:
     )
     parser.add_argument("source", nargs="?", help=f"kind of log: {', '.join(source_names())}")
     parser.add_argument("path", nargs="?", help="where it lies: a directory, or the YAML of a parquet log")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, dotted, as in source.seed=1")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="dotted, as in source.seed=1")
     parser.add_argument("--config", help="YAML file with settings")
     parser.add_argument("--out", required=True, help="directory of the prepared data")
     args = parser.parse_args(argv)

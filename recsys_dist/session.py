@@ -1,5 +1,6 @@
 """The connection to a Ray cluster, alike for every job: join the one that is named, or start one here."""
 
+import logging
 import os
 
 import ray
@@ -23,5 +24,5 @@ def connect() -> None:
         object_store_memory=OBJECT_STORE_BYTES if here else None,
         include_dashboard=False if here else None,
         log_to_driver=False,
-        logging_level="error",
+        logging_level=logging.ERROR,
     )

@@ -93,12 +93,8 @@ def test_every_feature_equals_a_computation_row_by_row(log: pa.Table, world: Wor
         age = age_of.get(row["user_id"])
         want["age"] = 0.0 if age is None else (age - np.mean(ages)) / np.std(ages)
         for name, value in want.items():
-            assert got[name][at] == (
-                value if isinstance(value, int | list) else pytest.approx(value, abs=1e-5)
-            ), (
-                name,
-                row,
-            )
+            expected = value if isinstance(value, int | list) else pytest.approx(value, abs=1e-5)
+            assert got[name][at] == expected, (name, row)
 
 
 def test_vocabularies_hold_what_training_saw(log: pa.Table, world: World) -> None:

@@ -117,6 +117,13 @@ class Schema(Config):
     recall_positive: tuple[str, ...] = Field(
         min_length=1, description="an event with any of these labels is an item the user wanted"
     )
+    recall_exposure_weight: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="weight of an event without such a label as an example of recall, beside 1 with one: being "
+        "shown an item tells of interest too where a recommender chose it; 0 leaves these events out",
+    )
     utc_offset_hours: float = Field(0.0, ge=-12, le=14, description="local time of hour, weekday and day")
 
     @model_validator(mode="after")
@@ -142,7 +149,9 @@ class Schema(Config):
             if name not in labels:
                 raise ValueError(f"feature {feature.name!r}: no label {name!r}{nearest(name, labels)}")
         if isinstance(feature, Statistic) and feature.key.startswith("users."):
-            raise ValueError(f"statistic {feature.name!r}: key {feature.key!r} is not user_id, an item or context column")
+            raise ValueError(
+                f"statistic {feature.name!r}: key {feature.key!r} is not user_id, an item or context column"
+            )
         parents: tuple[str, ...] = ()
         if isinstance(feature, Cross | Sequence):
             parents = (feature.of,) if isinstance(feature.of, str) else feature.of

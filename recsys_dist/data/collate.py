@@ -19,7 +19,7 @@ def columns(schema: Schema) -> list[str]:
 def collate(table: pa.Table, schema: Schema) -> Batch:
     """A Batch of all rows of `table`, which has a column per feature of the fitted `schema`.
 
-    Labels and `row_id` are taken where the table has them. Raises DataError for an id outside its
+    Labels, `weight` (1 without it) and `row_id` are taken where the table has them. Raises DataError for an id outside its
     table, which a sharded lookup would silently read as row 0.
     """
     rows = len(table)
@@ -35,7 +35,7 @@ def collate(table: pa.Table, schema: Schema) -> Batch:
             for label in schema.labels
             if label.name in present
         },
-        weight=torch.ones(rows),
+        weight=torch.from_numpy(_numpy(table["weight"])) if "weight" in present else torch.ones(rows),
         row_id=torch.from_numpy(row_id.astype(np.int64)),
     )
 

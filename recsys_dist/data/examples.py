@@ -54,12 +54,16 @@ def features(events: pa.Table, world: World, of: np.ndarray) -> dict[str, pa.Arr
 
 
 def examples(events: pa.Table, world: World, split: Split) -> pa.Table:
-    """All exposures (history rows aside) with features, labels, `split`, `positive` and `order`.
+    """Every event that is an example, with features, labels, `split`, `ranking`, `weight` and `order`.
 
-    `order` is a hash of user, item and time: sorting by it shuffles the log alike in every run.
+    ranking  bool: an exposure of the log itself; history rows, whose context is unknown, are not
+    weight   float32 as an example of recall: 1 for a positive, `schema.recall_exposure_weight` for others
+    order    a hash of user, item and time: sorting by it shuffles the log alike in every run
     """
     schema = world.encoders.schema
-    of = np.flatnonzero(~np.asarray(events["history"]))
+    ranking = ~np.asarray(events["history"])
+    weight = np.where(is_positive(events, schema), 1.0, schema.recall_exposure_weight)
+    of = np.flatnonzero(ranking | (weight > 0))
     made = events.take(pa.array(of))
     columns: dict[str, pa.Array | pa.ChunkedArray] = dict(features(events, world, of))
     columns |= {label.name: made[label.name].cast(pa.float32()) for label in schema.labels}
@@ -67,7 +71,8 @@ def examples(events: pa.Table, world: World, split: Split) -> pa.Table:
     if "bayes_probability" in made.column_names:
         columns["bayes_probability"] = made["bayes_probability"].cast(pa.float32())
     columns["split"] = pa.array(split.assign(made["date"]))
-    columns["positive"] = pa.array(is_positive(made, schema))
+    columns["ranking"] = pa.array(ranking[of])
+    columns["weight"] = pa.array(weight[of].astype(np.float32))
     columns["order"] = pa.array(_order(made))
     return pa.table(columns)
 

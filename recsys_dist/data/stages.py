@@ -26,7 +26,7 @@ from recsys_dist.errors import SourceError
 from recsys_dist.schema import Schema
 
 BUCKET, SHARD = "bucket", "shard"
-ROW_BITS = 32  # row_id = shard << 32 | row within the shard
+ROW_BITS = 32  # row_id = number of the file << 32 | row within it
 
 
 @dataclass(frozen=True)
@@ -142,23 +142,22 @@ def build_bucket(out: Path, bucket: int, world: World, split: Split, shards: dic
 
 
 def write_shards(table: pa.Table, out: Path, shards: dict[str, int]) -> Iterator[dict[str, object]]:
-    """Shuffle the shards in `table` and write each; positives of training days once more for recall."""
+    """Shuffle the shards in `table` and write each: its rows for ranking, and those for recall."""
     for shard in pc.unique(table[SHARD]).to_pylist():
         rows = table.filter(pc.equal(table[SHARD], shard)).sort_by("order")
         name = SPLITS[rows["split"][0].as_py()]
         number = shard - sum(shards[s] for s in SPLITS[: SPLITS.index(name)])
-        row_id = (np.int64(shard) << ROW_BITS) + np.arange(len(rows))
-        rows = rows.append_column("row_id", pa.array(row_id))
-        positive = rows["positive"]
-        rows = rows.drop_columns([SHARD, "split", "positive", "order"])
-        yield _write_shard(rows, out, f"ranking/{name}", number)
+        ranking, recall = rows["ranking"], pc.greater(rows["weight"], 0)
+        rows = rows.drop_columns([SHARD, "split", "ranking", "order"])
+        yield _write_shard(rows.filter(ranking).drop_columns(["weight"]), out, f"ranking/{name}", number)
         if name != "test":
-            yield _write_shard(rows.filter(positive), out, f"recall/{name}", number)
+            yield _write_shard(rows.filter(recall), out, f"recall/{name}", number)
 
 
 def _write_shard(rows: pa.Table, out: Path, name: str, number: int) -> dict[str, object]:
     file = f"{name}/part-{number:05d}.parquet"
-    write_parquet(rows, out / file)
+    row_id = (np.int64(number) << ROW_BITS) + np.arange(len(rows))
+    write_parquet(rows.append_column("row_id", pa.array(row_id)), out / file)
     ends = pc.min_max(rows["timestamp"]).as_py() if len(rows) else {"min": None, "max": None}
     stamps = {key: str(value) if value else None for key, value in ends.items()}
     return {"split": name, "file": file, "rows": len(rows), "first": stamps["min"], "last": stamps["max"]}

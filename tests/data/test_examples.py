@@ -142,9 +142,11 @@ def test_user_states_are_the_users_as_the_split_begins(log: pa.Table, world: Wor
         assert state["user_count"] == pytest.approx(math.log1p(len(past)))
 
 
-def test_examples_leave_out_history_and_keep_all_else(log: pa.Table, world: World) -> None:
+def test_examples_of_ranking_are_exposures_and_of_recall_positives(log: pa.Table, world: World) -> None:
     made = examples(log, world, SPLIT)
-    assert len(made) == len(log) - pc.sum(log["history"]).as_py()
+    assert pc.sum(made["ranking"]).as_py() == len(log) - pc.sum(log["history"]).as_py()
+    positive = sum(bool(r["click"] or r["like"]) for r in log.to_pylist())
+    assert pc.sum(made["weight"]).as_py() == positive
     assert len(set(made["order"].to_pylist())) > 0.95 * len(made)
 
 

@@ -121,8 +121,8 @@ class Schema(Config):
         0.0,
         ge=0,
         le=1,
-        description="weight of an event without such a label as an example of recall, beside 1 with one: being "
-        "shown an item tells of interest too where a recommender chose it; 0 leaves these events out",
+        description="weight in recall training of an event without such a label, beside 1 with one: where a "
+        "recommender chose what to show, being shown an item tells of interest too; 0 leaves these out",
     )
     utc_offset_hours: float = Field(0.0, ge=-12, le=14, description="local time of hour, weekday and day")
 

@@ -19,8 +19,8 @@ def columns(schema: Schema) -> list[str]:
 def collate(table: pa.Table, schema: Schema) -> Batch:
     """A Batch of all rows of `table`, which has a column per feature of the fitted `schema`.
 
-    Labels, `weight` (1 without it) and `row_id` are taken where the table has them. Raises DataError for an id outside its
-    table, which a sharded lookup would silently read as row 0.
+    Labels, `weight` (1 without it) and `row_id` are taken where the table has them. Raises DataError
+    for an id outside its table, which a sharded lookup would silently read as row 0.
     """
     rows = len(table)
     present = set(table.column_names)

@@ -85,8 +85,11 @@ def require_supported_python(look_further: bool) -> None:
 def wanted_digest(kind: str) -> str:
     """The stamp of an up-to-date .venv: builds, pins, declared dependencies and this checkout's place."""
     told = hashlib.sha256(f"{kind} {ROOT}".encode())
-    for path in [*sorted(PINS.glob("*.*")), ROOT / "pyproject.toml"]:
+    for path in sorted(PINS.glob("*.*")):
         told.update(path.read_bytes())
+    told.update(
+        (ROOT / "pyproject.toml").read_bytes().partition(b"[tool.ruff]")[0]
+    )  # not the tools' settings
     return f"installed {told.hexdigest()}"
 
 

@@ -1,0 +1,144 @@
+"""The report's figures as SVG: themed for an HTML page (its colours follow light and dark) or standalone."""
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+# Okabe & Ito's palette: told apart by colour-blind readers too.
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+INK, GRID = "#1f2328", "#d7dbe0"
+STYLE: dict[Any, Any] = {  # matplotlib types its keys as literals
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Lines over epochs or steps: name -> points (x, y). NaN points leave a gap."""
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: Mapping[str, Sequence[tuple[float, float]]]
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Per bin of predicted probability: its mean, the share of positives seen, and how many rows."""
+
+    title: str
+    predicted: Sequence[float]
+    observed: Sequence[float]
+    rows: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Groups of bars: name -> a height per group; NaN leaves its place empty."""
+
+    title: str
+    y_label: str
+    groups: Sequence[str]
+    heights: Mapping[str, Sequence[float]]
+
+
+Plot = Curves | Reliability | Bars
+
+
+def svg(plot: Plot, themed: bool = False) -> str:
+    """The figure as an <svg> element; `themed` replaces its colours by the page's CSS variables."""
+    with rc_context({**STYLE, "svg.hashsalt": plot.title}):  # ids differ between figures of one page
+        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+        axes = figure.add_subplot()
+        match plot:
+            case Curves():
+                _draw_curves(axes, plot)
+            case Reliability():
+                _draw_reliability(axes, plot)
+            case Bars():
+                _draw_bars(axes, plot)
+        axes.set_title(plot.title, loc="left", fontsize=12, fontweight="bold", pad=10)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=themed, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    return _themed(text) if themed else text
+
+
+def save(plot: Plot, directory: Path) -> Path:
+    """Write the figure as a standalone SVG file named after its title."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / (re.sub(r"\W+", "_", plot.title.lower()).strip("_") + ".svg")
+    path.write_text('<?xml version="1.0" encoding="utf-8"?>\n' + svg(plot))
+    return path
+
+
+def _draw_curves(axes: Axes, plot: Curves) -> None:
+    for color, (name, points) in zip(_cycle(len(plot.lines)), plot.lines.items(), strict=True):
+        x, y = [p[0] for p in points], [p[1] for p in points]
+        marker = "o" if len(points) <= 30 else None
+        axes.plot(x, y, color=color, marker=marker, markersize=4, linewidth=1.8, label=name)
+    axes.set(xlabel=plot.x_label, ylabel=plot.y_label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(plot.lines) > 1:
+        axes.legend()
+
+
+def _draw_reliability(axes: Axes, plot: Reliability) -> None:
+    axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=(0, (4, 3)), label="perfectly calibrated")
+    most = max(plot.rows, default=1)
+    sizes = [12 + 140 * math.sqrt(rows / most) for rows in plot.rows]
+    axes.plot(plot.predicted, plot.observed, color=SERIES[0], linewidth=1.2)
+    axes.scatter(
+        plot.predicted, plot.observed, s=sizes, color=SERIES[0], alpha=0.75, label="model (area: rows)"
+    )
+    axes.set(xlabel="predicted probability", ylabel="share of positives seen", xlim=(0, 1), ylim=(0, 1))
+    axes.legend(loc="upper left", markerscale=0.6)
+
+
+def _draw_bars(axes: Axes, plot: Bars) -> None:
+    width = 0.8 / max(len(plot.heights), 1)
+    for i, (name, heights) in enumerate(plot.heights.items()):
+        places = [group + (i - (len(plot.heights) - 1) / 2) * width for group in range(len(plot.groups))]
+        bars = axes.bar(places, heights, width * 0.92, color=SERIES[i % len(SERIES)], label=name)
+        labels = ["" if math.isnan(height) else f"{height:.3f}" for height in heights]
+        axes.bar_label(bars, labels, fontsize=9, padding=2)
+    axes.set_xticks(range(len(plot.groups)), plot.groups)
+    axes.set_ylabel(plot.y_label)
+    axes.margins(y=0.22)
+    axes.legend(loc="upper left", ncols=2)
+
+
+def _cycle(count: int) -> list[str]:
+    return [SERIES[i % len(SERIES)] for i in range(count)]
+
+
+def _themed(text: str) -> str:
+    for i, color in enumerate(SERIES):
+        text = text.replace(color, f"var(--series-{i})")
+    text = re.sub(r'(?<=<svg )(.*?)width="[\d.]+pt" height="[\d.]+pt"', r"\1", text, count=1, flags=re.DOTALL)
+    text = re.sub(r"(?<!font-)family: [^;\"]+", "family: inherit", text)
+    return text.replace(INK, "currentColor").replace(GRID, "var(--line)")

@@ -166,17 +166,17 @@ def _seconds(seconds: Mapping[str, float] | None, peak_rss_bytes: int | None) ->
     yield _pairs(pairs)
 
 
-def _next_steps(steps: Sequence[tuple[str, str]], mlflow: Mapping[str, Any] | None) -> Iterator[str]:
+def _next_steps(steps: Sequence[tuple[str, str]], tracked: Mapping[str, Any] | None) -> Iterator[str]:
     if steps:
         yield "<h2>What to look at next</h2><dl>"
         yield from (
             f"<dt>{_text(what)}</dt><dd><code>{_text(command)}</code></dd>" for what, command in steps
         )
         yield "</dl>"
-    if mlflow:
-        ids = mlflow.get("run_ids") or []
+    if tracked:
+        ids = tracked.get("run_ids") or []
         listed = ", ".join(map(str, ids.values() if isinstance(ids, Mapping) else ids)) or "not delivered yet"
-        yield f"<p class=small>MLflow: {_text(mlflow.get('tracking_uri', ''))} · runs {_text(listed)}</p>"
+        yield f"<p class=small>MLflow: {_text(tracked.get('tracking_uri', ''))} · runs {_text(listed)}</p>"
 
 
 def _pairs(pairs: Sequence[tuple[str, str]]) -> str:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("recsys_dist", "jobs")
 
 DOORS = {  # dependency: the only modules that may name it
-    "ray.data": ("recsys_dist.data.pipeline",),
+    "ray.data": ("recsys_dist.data.pipeline", "recsys_dist.data.feed"),
     "ray.tune": ("recsys_dist.tune",),
     "ray.serve": ("recsys_dist.serve.app",),
     "mlflow": ("recsys_dist.delivery",),
@@ -148,3 +148,17 @@ def test_no_tracked_file_names_a_machine() -> None:
         for pattern in (machine, host):
             found = pattern.search(text)
             assert path == Path(__file__) or found is None, f"{path.relative_to(ROOT)}: {found and found[0]}"
+
+
+def test_the_readme_has_a_line_for_every_file() -> None:
+    listed = re.findall(r"^- `((?:recsys_dist|jobs)/[\w/]+\.py)` \S", (ROOT / "README.md").read_text(), re.M)
+    files = [path.relative_to(ROOT).as_posix() for path in python_files() if path.name != "__init__.py"]
+    assert sorted(set(files) - set(listed)) == [], "files without a line in README.md, 'Where is what'"
+    assert sorted(set(listed) - set(files)) == [], "lines in README.md for files that do not exist"
+    assert len(listed) == len(set(listed))
+
+
+def test_links_in_the_documents_lead_somewhere() -> None:
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: link to {target} leads nowhere"

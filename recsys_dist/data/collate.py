@@ -35,7 +35,9 @@ def collate(table: pa.Table, schema: Schema) -> Batch:
             for label in schema.labels
             if label.name in present
         },
-        weight=torch.from_numpy(_numpy(table["weight"])) if "weight" in present else torch.ones(rows),
+        weight=torch.from_numpy(_numpy(table["weight"]).astype(np.float32))
+        if "weight" in present
+        else torch.ones(rows),
         row_id=torch.from_numpy(row_id.astype(np.int64)),
     )
 

@@ -14,8 +14,10 @@ from recsys_dist.data import transforms
 from recsys_dist.data.split import Split
 from recsys_dist.schema import Bucketed, Categorical, Numeric, Schema, Statistic, side
 
-HISTORY, TRAIN, VALID = "history", "train", "valid"
+HISTORY, TRAIN, VALID, TEST = "history", "train", "valid", "test"
 FITTED_ON = (HISTORY, TRAIN)
+# by (is it a history row, index of its day's split): a history row of later days is as held out as these days
+PERIODS = np.array([[TRAIN, VALID, TEST], [HISTORY, "late history", TEST]])
 POSITIVE = "positive"  # any label of schema.recall_positive
 
 
@@ -33,8 +35,7 @@ class Counts:
     def of(cls, events: pa.Table, schema: Schema, split: Split) -> "Counts":
         """Count canonical events; test days are left out."""
         period = split.assign(events["date"])
-        history = np.asarray(events["history"])
-        names = np.where(history, HISTORY, np.array([TRAIN, VALID, "test"])[period])
+        names = PERIODS[np.asarray(events["history"]).astype(np.int8), period]
         stamps = np.asarray(events["timestamp"].cast(pa.int64()))
         base = {
             "day": pa.array(transforms.day(stamps, schema.utc_offset_hours)),
@@ -42,7 +43,7 @@ class Counts:
             "rows": pa.array(np.ones(len(names), np.int64)),
             **_label_counts(events, schema),
         }
-        counted = pa.array(names != "test")
+        counted = pa.array(names != TEST)
         return cls(
             {
                 column: _sum(pa.table({"value": _value(events, column, schema), **base}).filter(counted))

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from recsys_dist.data import transforms
 from recsys_dist.data.counts import FITTED_ON, Counts
 from recsys_dist.data.entities import Entities
+from recsys_dist.data.output import write_parquet, write_text
 from recsys_dist.data.transforms import Scale
 from recsys_dist.data.vocab import Vocabulary
 from recsys_dist.schema import (
@@ -101,23 +102,21 @@ class Encoders:
         seen = hashlib.sha256(json.dumps(self._numbers(), sort_keys=True).encode())
         for name, vocabulary in sorted(self.vocabularies.items()):
             seen.update(name.encode())
-            for buffer in vocabulary.values.buffers():
-                seen.update(buffer or b"")
+            seen.update(transforms.hash_text(vocabulary.values).tobytes())
         for name, statistics in sorted(self.statistics.items()):
             seen.update(name.encode())
             seen.update(statistics.at.tobytes() + statistics.count.tobytes() + statistics.positives.tobytes())
         return seen.hexdigest()[:16]
 
     def save(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "schema.json").write_text(self.schema.model_dump_json(indent=1))
-        (directory / "numbers.json").write_text(json.dumps(self._numbers(), indent=1))
+        write_text(self.schema.model_dump_json(indent=1), directory / "schema.json")
+        write_text(json.dumps(self._numbers(), indent=1), directory / "numbers.json")
         for name, vocabulary in self.vocabularies.items():
             vocabulary.save(directory / f"vocabulary.{name}.parquet")
         for name, stats in self.statistics.items():
             stats.keys.save(directory / f"statistic.{name}.keys.parquet")
             table = pa.table({"at": stats.at, "count": stats.count, "positives": stats.positives})
-            pq.write_table(table, directory / f"statistic.{name}.parquet")
+            write_parquet(table, directory / f"statistic.{name}.parquet")
 
     @classmethod
     def load(cls, directory: Path) -> "Encoders":

@@ -85,8 +85,8 @@ def user_states(events: pa.Table, world: World, split: Split, name: str) -> pa.T
     """
     schema = world.encoders.schema
     index = SPLITS.index(name)
-    assigned = np.where(np.asarray(events["history"]), -1, split.assign(events["date"]))
-    wanted = (assigned == index) & is_positive(events, schema)
+    assigned = split.assign(events["date"])
+    wanted = (assigned == index) & is_positive(events, schema) & ~np.asarray(events["history"])
     moment = _first_moment(split, name, schema.utc_offset_hours)
     users = pc.unique(events["user_id"].filter(pa.array(wanted)))
     before = events.filter(pa.array(assigned < index))

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 from pydantic import Field, SerializeAsAny, field_validator
+from ray.exceptions import RayTaskError
 from tqdm import tqdm
 
 from recsys_dist import __version__
@@ -30,10 +31,11 @@ from recsys_dist.data.counts import FITTED_ON, POSITIVE, TRAIN, VALID, Counts
 from recsys_dist.data.entities import Entities
 from recsys_dist.data.examples import World
 from recsys_dist.data.logs import Ledger, LogSpec
+from recsys_dist.data.output import LOCK, sole_writer, write_parquet, write_text
 from recsys_dist.data.prepared import MANIFEST, Manifest, Prepared, ShardSet
 from recsys_dist.data.sources.protocol import Source, SourceConfig, open_source, source_config
 from recsys_dist.data.split import SPLITS, Split, check_split, choose_split
-from recsys_dist.errors import ConfigError, DataError, QuarantineError, SourceError
+from recsys_dist.errors import ConfigError, DataError, QuarantineError, RecsysError, SourceError
 from recsys_dist.schema import Schema, side
 
 FORMAT = 1  # of the prepared files; raise it when they change, so that old ones are made anew
@@ -68,12 +70,20 @@ def prepare(cfg: PrepareConfig, out: str | Path) -> Prepared:
     Raises SourceError (nothing readable), QuarantineError (too much refused), DataError, ConfigError.
     """
     quiet()
+    if "://" in str(out):
+        raise ConfigError(f"out {str(out)!r} is a URL; prepared data lie in a directory that all nodes share")
     path = Path(out).absolute()
     source = open_source(cfg.source)
     schema = cfg.features or source.schema()
     fingerprint = _fingerprint(cfg, schema, source)
-    if _holds(path / MANIFEST, fingerprint):
-        return Prepared.open(path)
+    if not _holds(path / MANIFEST, fingerprint):
+        with sole_writer(path):
+            if not _holds(path / MANIFEST, fingerprint):  # another process may have made it meanwhile
+                _prepare(cfg, source, schema, path, fingerprint)
+    return Prepared.open(path)
+
+
+def _prepare(cfg: PrepareConfig, source: Source, schema: Schema, path: Path, fingerprint: str) -> None:
     if not _holds(path / EVENTS, fingerprint):
         _clear(path)
         _write_events(cfg, source, schema, path, fingerprint)
@@ -95,8 +105,7 @@ def prepare(cfg: PrepareConfig, out: str | Path) -> Prepared:
         ledger=found["ledger"],
     )
     _check_complete(manifest, days)
-    stages.write_text(manifest.model_dump_json(indent=1), path / MANIFEST)
-    return Prepared.open(path)
+    write_text(manifest.model_dump_json(indent=1), path / MANIFEST)
 
 
 def quiet() -> None:
@@ -104,7 +113,7 @@ def quiet() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its tracebacks come as exceptions anyway
 
 
 def _write_events(cfg: PrepareConfig, source: Source, schema: Schema, path: Path, fingerprint: str) -> None:
@@ -116,8 +125,8 @@ def _write_events(cfg: PrepareConfig, source: Source, schema: Schema, path: Path
         for number in batch["item"]:
             yield from read(int(number), parts[number])
 
-    def write_bucket(table: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist(list(stages.write_bucket(table, path, names, keep)))
+    def write_bucket(table: pa.Table) -> Iterator[pa.Table]:
+        yield pa.Table.from_pylist(list(stages.write_bucket(table, path, names, keep)))
 
     rows = ray.data.from_items(list(range(len(parts))), override_num_blocks=len(parts)).map_batches(
         read_part, batch_size=1
@@ -130,7 +139,7 @@ def _write_events(cfg: PrepareConfig, source: Source, schema: Schema, path: Path
         Ledger.from_json(json.loads(file.read_text())) for file in sorted(path.glob("ledger/*.json"))
     ).with_duplicates(sum(row["duplicates"] for row in buckets))
     ledger.check()
-    stages.write_text(json.dumps(ledger.to_json(), indent=1), path / "ledger.json")
+    write_text(json.dumps(ledger.to_json(), indent=1), path / "ledger.json")
     _refuse_if_too_bad(cfg, ledger, len(parts), path)
     shutil.rmtree(path / "ledger")
     found = {
@@ -139,7 +148,7 @@ def _write_events(cfg: PrepareConfig, source: Source, schema: Schema, path: Path
         "days": dict(sum((Counter(json.loads(row["days"])) for row in buckets), Counter())),
         "ledger": ledger.to_json(),
     }
-    stages.write_text(json.dumps(found), path / EVENTS)
+    write_text(json.dumps(found), path / EVENTS)
 
 
 def _count(path: Path, buckets: list[int], schema: Schema, split: Split) -> Counts:
@@ -155,8 +164,8 @@ def _fit(path: Path, source: Source, schema: Schema, counts: Counts, split: Spli
     freeze = (split.test_from - dt.date(1970, 1, 1)).days
     world = World(fitting.fit(schema, counts, users, items, freeze), users, items)
     world.encoders.save(path / "vocabulary")
-    stages.write_parquet(users.attributes, path / "entities/users.parquet")
-    stages.write_parquet(items.attributes, path / "entities/items.parquet")
+    write_parquet(users.attributes, path / "entities/users.parquet")
+    write_parquet(items.attributes, path / "entities/items.parquet")
     return world
 
 
@@ -177,7 +186,7 @@ def _write_catalogue(path: Path, world: World, counts: Counts) -> None:
     for feature in schema.ids:
         if feature.kind in ("categorical", "bucketed") and side(feature.column) == "item":
             columns[feature.name] = pa.array(world.item_inputs[feature.name][positions])
-    stages.write_parquet(pa.table(columns), path / "items.parquet")
+    write_parquet(pa.table(columns), path / "items.parquet")
 
 
 def _build(
@@ -189,8 +198,8 @@ def _build(
     def build(bucket: int) -> pa.Table:
         return stages.build_bucket(path, bucket, ray.get(shared), split, shards)
 
-    def write(table: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist(list(stages.write_shards(table, path, shards)))
+    def write(table: pa.Table) -> Iterator[pa.Table]:
+        yield pa.Table.from_pylist(list(stages.write_shards(table, path, shards)))
 
     total = sum(shards.values())
     written = _each(buckets, build).repartition(total, keys=[stages.SHARD])
@@ -198,7 +207,7 @@ def _build(
     made = sorted(_watched(rows, "building examples", None), key=lambda row: row["file"])
     sets = {
         name: _shard_set([r for r in made if r["split"] == name])
-        for name in sorted({r["split"] for r in made})
+        for name in (*(f"ranking/{split}" for split in SPLITS), "recall/train", "recall/valid")
     }
     for name in ("valid", "test"):
         files = sorted((path / "users" / name).glob("part-*.parquet"))
@@ -218,7 +227,17 @@ def _each(buckets: list[int], make: Callable[[int], pa.Table]) -> "ray.data.Data
 
 
 def _watched(rows: Iterable[dict[str, Any]], what: str, total: int | None) -> Iterator[dict[str, Any]]:
-    yield from tqdm(rows, desc=what, total=total, disable=None, unit="task", leave=False)
+    """With a progress bar. An error of this project raised in a task is raised here as it was there.
+
+    Ray passes an exception on only from generators, which all functions given to `map_batches` here
+    are; from others nothing but its text arrives.
+    """
+    try:
+        yield from tqdm(rows, desc=what, total=total, disable=None, unit="task", leave=False)
+    except RayTaskError as error:
+        if isinstance(error.cause, RecsysError):
+            raise error.cause from None
+        raise
 
 
 def _split(cfg: PrepareConfig, source: Source, days: list[dt.date]) -> Split:
@@ -298,15 +317,25 @@ def _table_digest(table: pa.Table | None) -> str:
     return seen.hexdigest()
 
 
-def _holds(file: Path, fingerprint: str) -> bool:
-    return file.is_file() and json.loads(file.read_text())["fingerprint"] == fingerprint
+def _holds(file: Path, fingerprint: str | None = None) -> bool:
+    """Is this a file of prepared data, of these settings and raw files where a fingerprint is given?"""
+    if not file.is_file():
+        return False
+    try:
+        values = json.loads(file.read_text())
+    except ValueError:
+        return False
+    found = values.get("fingerprint") if isinstance(values, dict) else None
+    return found is not None and fingerprint in (None, found)
 
 
 def _clear(path: Path) -> None:
     """Remove what an earlier or unfinished preparation left; refuse a directory that holds anything else."""
     made = {"ledger", "events", "quarantine", "vocabulary", "entities", "ranking", "recall", "users"}
     files = {MANIFEST, EVENTS, "ledger.json", "items.parquet"}
-    foreign = sorted(p.name for p in path.iterdir() if p.name not in made | files) if path.is_dir() else []
+    foreign = sorted(p.name for p in path.iterdir() if p.name not in made | files | {LOCK})
+    if (path / MANIFEST).exists() and not _holds(path / MANIFEST):
+        foreign.append(MANIFEST)
     if foreign:
         raise DataError(
             f"{str(path)!r} holds {foreign[0]!r}, which is no prepared data; choose an empty directory"
@@ -315,4 +344,3 @@ def _clear(path: Path) -> None:
         (path / name).unlink(missing_ok=True)
     for name in made:
         shutil.rmtree(path / name, ignore_errors=True)
-    path.mkdir(parents=True, exist_ok=True)

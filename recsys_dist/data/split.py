@@ -51,9 +51,10 @@ def choose_split(dates: list[dt.date], test_fraction: float = 0.15) -> Split:
 
 def check_split(split: Split, dates: list[dt.date]) -> None:
     """Raise ConfigError where a part of the split has no day of the log."""
-    first, last = min(dates), max(dates)
-    if not first < split.valid_from < split.test_from <= last:
+    filled = set(split.assign(pa.array(dates, pa.date32())))
+    empty = [name for index, name in enumerate(SPLITS) if index not in filled]
+    if empty:
         raise ConfigError(
-            f"split valid_from={split.valid_from} test_from={split.test_from} leaves a part empty: the log "
-            f"runs from {first} to {last}"
+            f"split valid_from={split.valid_from} test_from={split.test_from} leaves {empty[0]} empty: the "
+            f"log has {len(dates)} days from {min(dates)} to {max(dates)}"
         )

@@ -1,12 +1,11 @@
 """The steps of preparation, each from one table or part to files; `pipeline` runs them in parallel.
 
-Every file is written under another name and renamed, and named by what it holds, so a step that
-is run again after a kill writes the same files and nothing half-written is ever read.
+Every file is written whole and named by what it holds, so a step that is run again after a kill
+writes the same files and nothing half-written is ever read.
 """
 
 import io
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from recsys_dist.data import logs, transforms
 from recsys_dist.data.counts import Counts
 from recsys_dist.data.examples import World, examples, sort_events, user_states
 from recsys_dist.data.logs import Ledger, LogSpec, Validated
+from recsys_dist.data.output import write_parquet, write_text
 from recsys_dist.data.sources.protocol import Part, Source
 from recsys_dist.data.split import SPLITS, Split
 from recsys_dist.errors import SourceError
@@ -70,7 +70,9 @@ def write_bucket(
     Yields per bucket: rows `kept`, `duplicates` refused, and as JSON the examples by day.
     """
     for bucket in pc.unique(events[BUCKET]).to_pylist():
-        chosen = sort_events(events.filter(pc.equal(events[BUCKET], bucket)).drop_columns([BUCKET]))
+        # in the order of the files too, so that of rows that repeat each other the first read is kept
+        order = [(name, "ascending") for name in ("user_id", "timestamp", "item_id", "part", "row")]
+        chosen = events.filter(pc.equal(events[BUCKET], bucket)).drop_columns([BUCKET]).sort_by(order)
         repeated = logs.duplicates(chosen)
         if keep_duplicates:
             repeated[:] = False
@@ -161,22 +163,6 @@ def _write_shard(rows: pa.Table, out: Path, name: str, number: int) -> dict[str,
     ends = pc.min_max(rows["timestamp"]).as_py() if len(rows) else {"min": None, "max": None}
     stamps = {key: str(value) if value else None for key, value in ends.items()}
     return {"split": name, "file": file, "rows": len(rows), "first": stamps["min"], "last": stamps["max"]}
-
-
-def write_parquet(table: pa.Table, path: Path) -> None:
-    """Whole or not at all. Integers are plain and lightly compressed: readers decode them every epoch."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    pq.write_table(table, partial, compression="lz4", use_dictionary=False, write_page_checksum=True)
-    partial.replace(path)
-
-
-def write_text(text: str, path: Path) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def _to_ipc(table: pa.Table) -> bytes:

@@ -8,6 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from recsys_dist.data.output import write_parquet
+
 UNKNOWN = 0
 
 
@@ -53,7 +55,7 @@ class Vocabulary:
         )
 
     def save(self, path: Path) -> None:
-        pq.write_table(pa.table({"value": self.values, "count": self.counts}), path)
+        write_parquet(pa.table({"value": self.values, "count": self.counts}), path)
 
     @classmethod
     def load(cls, path: Path) -> "Vocabulary":

@@ -7,7 +7,7 @@ and the top ones shown, so what a user sees already depends on taste, as in real
     logit P(click) = base + strength x <taste(user, day), factors(item)> + quality(item)
                      + position_effect x log(1 + position) + momentum x [topic of the session's last click]
     taste(user, day)  = centre(segment) + individual x z(user) + drift x walk(user, day)
-    factors(item)     = factors(topic) + 0.2 x noise(item)
+    factors(item)     = factors(topic) + 0.1 x noise(item)
 
 with independent normal z and noise, and walk a stationary first-order autoregression over days. A
 click is watched for a lognormal share of the item's duration, longer the better it fits the taste.
@@ -68,9 +68,9 @@ class Config(SourceConfig):
     strength: float = Field(1.2, ge=0)
     quality: float = Field(0.4, ge=0)
     position_effect: float = Field(-0.5, le=0)
-    individual: float = Field(0.25, ge=0)
-    drift: float = Field(0.15, ge=0)
-    momentum: float = Field(0.4, ge=0)
+    individual: float = Field(0.15, ge=0)
+    drift: float = Field(0.1, ge=0)
+    momentum: float = Field(0.3, ge=0)
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Source:
         topic = rng.integers(0, cfg.topics, cfg.items)
         per_topic = max(1, math.ceil(cfg.items / cfg.topics / 10))
         popularity = rng.permutation(np.arange(1, cfg.items + 1.0) ** -cfg.zipf)
-        noise = 0.2 * rng.standard_normal((cfg.items, DIM)) / math.sqrt(DIM)
+        noise = 0.1 * rng.standard_normal((cfg.items, DIM)) / math.sqrt(DIM)
         return Items(
             topic=topic,
             author=topic * per_topic + rng.integers(0, per_topic, cfg.items),

@@ -17,10 +17,11 @@ from recsys_dist.metrics import (
     auc,
     expected_calibration_error,
     gauc,
+    intervals,
     logloss,
-    ranking_intervals,
+    ranking_replicates,
     reliability,
-    retrieval_intervals,
+    retrieval_replicates,
 )
 from recsys_dist.metrics.bootstrap import user_weights
 from recsys_dist.metrics.ranking import ScoreOrder, UserAuc
@@ -102,18 +103,20 @@ def test_any_split_in_any_order_gives_the_same_bits(seed: int, cuts: list[int]) 
     parts = [
         RankingState(whole.scores[i], whole.labels[i], whole.users[i]) for i in np.split(order, np.sort(cuts))
     ]
-    assert repr(parts[0].merge(*parts[1:]).compute()) == repr(whole.compute())
+    merged = parts[0].merge(*parts[1:])
+    assert repr(merged.compute()) == repr(whole.compute())
+    assert repr(intervals(ranking_replicates(merged, 3))) == repr(intervals(ranking_replicates(whole, 3)))
 
 
 def test_undefined_metrics_are_nan() -> None:
     empty = RankingState(np.empty(0), np.empty(0), np.empty(0, np.int64))
     metrics = empty.compute()
     assert metrics["rows"] == 0 and all(np.isnan(metrics[m]) for m in ("auc", "gauc", "logloss", "ece"))
-    assert np.isnan(ranking_intervals(empty)["auc"]).all()
+    assert np.isnan(intervals(ranking_replicates(empty))["auc"]).all()
     one_class = RankingState(np.arange(3.0), np.ones(3), np.zeros(3, np.int64))
     metrics = one_class.compute()
     assert np.isnan(metrics["auc"]) and np.isnan(metrics["gauc"]) and metrics["logloss"] > 0
-    assert np.isnan(ranking_intervals(one_class, 10)["auc"]).all()
+    assert np.isnan(intervals(ranking_replicates(one_class, 10))["auc"]).all()
 
 
 def test_nan_scores_are_refused() -> None:
@@ -142,15 +145,17 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
         label = rng.random(600) < 0.5
         taste = rng.normal(size=120)[users]  # shifts all of a user's scores: rows are not independent
         scores = taste + rng.normal(size=600) + label
-        low, high = ranking_intervals(RankingState(scores, label, users), replicates=100, seed=trial)["auc"]
+        drawn = ranking_replicates(RankingState(scores, label, users), replicates=100, seed=trial)
+        low, high = intervals(drawn)["auc"]
         covered.append(low <= 0.6915 <= high)  # Φ(1/√4): normals with a shift of 1 and variance 2 each
     assert 0.85 <= np.mean(covered) <= 1.0
 
 
 def test_intervals_follow_their_seed_and_hold_the_estimate() -> None:
     state = random_state(5, 2_000, users=200)
-    first, metrics = ranking_intervals(state, 50, seed=1), state.compute()
-    assert first == ranking_intervals(state, 50, seed=1) != ranking_intervals(state, 50, seed=2)
+    first, metrics = intervals(ranking_replicates(state, 50, seed=1)), state.compute()
+    assert first == intervals(ranking_replicates(state, 50, seed=1))
+    assert first != intervals(ranking_replicates(state, 50, seed=2))
     for name in ("auc", "gauc", "logloss"):
         low, high = first[name]
         assert low < metrics[name] < high
@@ -159,7 +164,7 @@ def test_intervals_follow_their_seed_and_hold_the_estimate() -> None:
 def test_intervals_of_a_hundred_thousand_rows_take_seconds() -> None:
     state = random_state(6, 100_000, users=10_000, distinct=100_000)
     started = time.perf_counter()
-    ranking_intervals(state, replicates=20)
+    ranking_replicates(state, replicates=20)
     assert time.perf_counter() - started < 3
 
 
@@ -207,7 +212,7 @@ def test_users_split_over_workers_give_the_same_bits(seed: int, cut: int) -> Non
 
 def test_retrieval_intervals_resample_users() -> None:
     state = RetrievalState.of(TOP, OFFSETS, ITEMS, item_rows=6)
-    drawn = retrieval_intervals(state, (2,), replicates=2_000, level=0.9999)
+    drawn = intervals(retrieval_replicates(state, (2,), replicates=2_000), level=0.9999)
     # the extremes of 3 users with (found, wanted) of (1, 1), (1, 2), (1, 3), drawn thrice each
     assert drawn["recall@2"] == pytest.approx((1 / 3, 1.0))
     means = [np.mean(users) for users in product([1, 1 / 2, 1 / 3], repeat=3)]
@@ -223,4 +228,4 @@ def test_malformed_truth_is_refused() -> None:
         RetrievalState.of(TOP, OFFSETS, ITEMS, 6).compute((9,))
     nobody = RetrievalState.of(TOP[:0], np.array([0]), np.empty(0, int), 6)
     assert np.isnan(nobody.compute((2,))["recall@2"])
-    assert np.isnan(retrieval_intervals(nobody, (2,))["ndcg@2"]).all()
+    assert np.isnan(intervals(retrieval_replicates(nobody, (2,)))["ndcg@2"]).all()

@@ -1,6 +1,6 @@
 """Metrics in plain NumPy: exact whatever the number of workers, because states merge and sums are ordered."""
 
-from recsys_dist.metrics.bootstrap import ranking_intervals, retrieval_intervals
+from recsys_dist.metrics.bootstrap import intervals, ranking_replicates, retrieval_replicates
 from recsys_dist.metrics.ranking import (
     RankingState,
     auc,
@@ -17,8 +17,9 @@ __all__ = [
     "auc",
     "expected_calibration_error",
     "gauc",
+    "intervals",
     "logloss",
-    "ranking_intervals",
+    "ranking_replicates",
     "reliability",
-    "retrieval_intervals",
+    "retrieval_replicates",
 ]

@@ -2,7 +2,7 @@
 
 Rows of one user are not independent, so whole users are drawn, with replacement. Every replicate only
 changes how often a user counts: rows are sorted once and weighed anew. The same seed draws the same
-users, so intervals of two models on the same rows can be compared, or their difference taken.
+users, so two models on the same rows can be compared: the interval of the difference of their replicates.
 
 R replicates, U users, N rows
 """
@@ -23,7 +23,10 @@ from recsys_dist.metrics.ranking import (
 )
 from recsys_dist.metrics.retrieval import RetrievalState
 
+Replicates = dict[str, np.ndarray]  # metric -> [R]
 Intervals = dict[str, tuple[float, float]]
+
+_RANKING = ("auc", "gauc", "logloss", "ece")
 
 
 def user_weights(users: int, replicates: int, seed: int) -> Iterator[np.ndarray]:
@@ -33,12 +36,11 @@ def user_weights(users: int, replicates: int, seed: int) -> Iterator[np.ndarray]
         yield np.bincount(drawn, minlength=users)
 
 
-def ranking_intervals(
-    state: RankingState, replicates: int = 200, seed: int = 0, level: float = 0.95
-) -> Intervals:
-    """Interval of auc, gauc, logloss and ece; ece keeps the bins of the whole sample."""
+def ranking_replicates(state: RankingState, replicates: int = 200, seed: int = 0) -> Replicates:
+    """auc, gauc, logloss and ece of each replicate; ece keeps the bins of the whole sample."""
     if len(state.scores) == 0:
-        return dict.fromkeys(("auc", "gauc", "logloss", "ece"), (np.nan, np.nan))
+        return dict.fromkeys(_RANKING, np.full(replicates, np.nan))
+    state = state.ordered()
     codes = user_codes(state.users)
     order = ScoreOrder.of(state.scores)
     by_user = UserAuc.of(state.scores, state.labels, codes)
@@ -55,35 +57,40 @@ def ranking_intervals(
             gap(of_row),
         )
 
-    drawn = np.array([replicate(w) for w in user_weights(len(loss), replicates, seed)])
-    return _percentiles(["auc", "gauc", "logloss", "ece"], drawn, level)
+    drawn = [replicate(w) for w in user_weights(len(loss), replicates, seed)]
+    return dict(zip(_RANKING, np.array(drawn).T, strict=True))
 
 
-def retrieval_intervals(
-    state: RetrievalState,
-    ks: tuple[int, ...],
-    replicates: int = 200,
-    seed: int = 0,
-    level: float = 0.95,
-) -> Intervals:
-    """Interval of `recall@k`, `user_recall@k` and `ndcg@k` for each k."""
+def retrieval_replicates(
+    state: RetrievalState, ks: tuple[int, ...], replicates: int = 200, seed: int = 0
+) -> Replicates:
+    """`recall@k`, `user_recall@k` and `ndcg@k` for each k, of each replicate."""
     wanted = state.wanted[state.wanted > 0]
     names = [f"{name}@{k}" for k in ks for name in ("recall", "user_recall", "ndcg")]
     if len(wanted) == 0:
-        return dict.fromkeys(names, (np.nan, np.nan))
+        return dict.fromkeys(names, np.full(replicates, np.nan))
     columns: list[np.ndarray] = []
     for k in ks:
         found, recall, ndcg = state.per_user(k)
-        columns += [found / wanted.mean(), recall, ndcg]
+        columns += [found, recall, ndcg]
     values_UM = np.array(columns).T
     pairs = np.array([True, False, False] * len(ks))  # recall@k is per wanted pair, the others per user
-    drawn = np.array(
-        [
-            w @ values_UM / np.where(pairs, w @ wanted / wanted.mean(), len(wanted))
-            for w in user_weights(len(wanted), replicates, seed)
-        ]
-    )
-    return _percentiles(names, drawn, level)
+    drawn = [
+        w @ values_UM / np.where(pairs, w @ wanted, len(wanted))
+        for w in user_weights(len(wanted), replicates, seed)
+    ]
+    return dict(zip(names, np.array(drawn).T, strict=True))
+
+
+def intervals(replicates: Replicates, level: float = 0.95) -> Intervals:
+    """Percentile interval of each metric; replicates that lack it (one class drawn) are left out."""
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    found: Intervals = {}
+    for name, values in replicates.items():
+        defined = values[~np.isnan(values)]
+        low, high = np.quantile(defined, tails) if len(defined) else (np.nan, np.nan)
+        found[name] = (float(low), float(high))
+    return found
 
 
 def _calibration(state: RankingState) -> Callable[[np.ndarray], float]:
@@ -97,14 +104,3 @@ def _calibration(state: RankingState) -> Callable[[np.ndarray], float]:
         return float(gap / weights.sum())
 
     return error
-
-
-def _percentiles(names: list[str], drawn_RM: np.ndarray, level: float) -> Intervals:
-    """Percentiles over replicates; those where a metric is undefined (one class drawn) are left out."""
-    tails = [(1 - level) / 2, (1 + level) / 2]
-    intervals: Intervals = {}
-    for name, values in zip(names, drawn_RM.T, strict=True):
-        defined = values[~np.isnan(values)]
-        low, high = np.quantile(defined, tails) if len(defined) else (np.nan, np.nan)
-        intervals[name] = (float(low), float(high))
-    return intervals

@@ -164,6 +164,11 @@ class RankingState:
             np.concatenate([s.users for s in states]),
         )
 
+    def ordered(self) -> Self:
+        """The same rows in an order that follows from themselves, whoever scored them when."""
+        rows = np.lexsort((self.users, self.labels, self.scores))
+        return type(self)(self.scores[rows], self.labels[rows], self.users[rows])
+
     def compute(self) -> dict[str, float]:
         """auc, gauc, logloss, ece, predicted_over_observed (1 is unbiased), rows, positives, users."""
         positives = int((self.labels > 0).sum())

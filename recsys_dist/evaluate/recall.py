@@ -1,0 +1,141 @@
+"""Recall on held-out days: the whole catalogue ranked for every user, exactly, beside two baselines.
+
+U users, I rows of the item table, K longest cut
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from recsys_dist.baselines import ItemCosine, history_scores, popularity_scores
+from recsys_dist.data.collate import collate
+from recsys_dist.data.prepared import Prepared
+from recsys_dist.errors import DataError
+from recsys_dist.evaluate.ranking import item_positives
+from recsys_dist.evaluate.trained import EvaluateConfig, Trained
+from recsys_dist.metrics import RetrievalState, intervals, retrieval_replicates
+
+Score = Callable[[pa.Table], torch.Tensor]  # users -> [U, I], written over by the caller
+_BLOCK_SCORES = 1 << 23  # users are ranked in blocks of about this many scores (32 MB)
+
+
+def evaluate_recall(prepared: Prepared, trained: Trained, cfg: EvaluateConfig) -> dict[str, Any]:
+    """Rank the catalogue for the users of `users/<split>` and count what they went on to want.
+
+    Returns split, users, pairs, and for each of `model`, `popularity` and (small catalogues)
+    `item_cosine` the metrics of RetrievalState with 95 % `intervals`, twice: `unseen` leaves out items
+    the user was shown before the split, `all` does not. `model_minus_popularity` has the intervals of
+    the difference among unseen items. `skipped` says which baseline was not computed, and why.
+    """
+    positives_I = item_positives(prepared, cfg.split)
+    popular = torch.from_numpy(popularity_scores(positives_I))
+    scorers: dict[str, Score] = {
+        "model": partial(_by_model, trained, _item_vectors(trained)),
+        "popularity": lambda users: popular.repeat(len(users), 1),
+    }
+    result: dict[str, Any] = {"split": cfg.split, "skipped": {}}
+    if len(positives_I) <= cfg.item_cosine_max_items:
+        scorers["item_cosine"] = partial(_by_cosine, _similarity(prepared, cfg), popular)
+    else:
+        limit = f"{len(positives_I)} items, over item_cosine_max_items={cfg.item_cosine_max_items}"
+        result["skipped"]["item_cosine"] = limit
+    drawn = {}
+    for name, score in scorers.items():
+        states = _states(prepared, score, cfg, len(positives_I))
+        result[name] = {}
+        for variant, state in states.items():
+            drawn[name, variant] = retrieval_replicates(state, cfg.ks, cfg.bootstrap, cfg.seed)
+            metrics = state.compute(cfg.ks)
+            result |= {"users": metrics.pop("users"), "pairs": metrics.pop("pairs")}
+            result[name][variant] = {**metrics, "intervals": intervals(drawn[name, variant])}
+    model, other = drawn["model", "unseen"], drawn["popularity", "unseen"]
+    result["model_minus_popularity"] = intervals({name: model[name] - other[name] for name in model})
+    return result
+
+
+def top_items(scores: torch.Tensor, k: int) -> np.ndarray:
+    """[U, min(k, I)] item rows by falling score; 0 where only items scored -inf are left."""
+    best = torch.topk(scores, min(k, scores.shape[1]), dim=1)
+    return torch.where(best.values == -torch.inf, 0, best.indices).numpy()
+
+
+def _states(
+    prepared: Prepared, score: Score, cfg: EvaluateConfig, item_rows: int
+) -> dict[str, RetrievalState]:
+    """What one scorer finds, with all items and with unseen ones alone; memory is bounded by the block."""
+    found: dict[str, list[RetrievalState]] = {"unseen": [], "all": []}
+    longest = max(cfg.ks)
+    for users in _blocks(prepared, cfg.split, max(1, _BLOCK_SCORES // item_rows)):
+        offsets, items = csr(users["truth"])
+        state = partial(RetrievalState.of, offsets=offsets, items=items, item_rows=item_rows)
+        scores = score(users)
+        scores[:, 0] = -torch.inf  # the unknown item cannot be recommended
+        found["all"].append(state(_padded(top_items(scores, longest), longest)))
+        seen_offsets, seen = csr(users["seen"])
+        of_user = np.repeat(np.arange(len(users)), np.diff(seen_offsets))
+        scores[torch.from_numpy(of_user), torch.from_numpy(seen.astype(np.int64))] = -torch.inf
+        found["unseen"].append(state(_padded(top_items(scores, longest), longest)))
+    if not found["all"]:
+        raise DataError(
+            f"no user wanted an item in split {cfg.split!r}; recall has nothing to be measured on"
+        )
+    return {variant: states[0].merge(*states[1:]) for variant, states in found.items()}
+
+
+def _blocks(prepared: Prepared, split: str, rows: int) -> Iterator[pa.Table]:
+    for file in prepared.files(f"users/{split}"):
+        table = pq.read_table(file)
+        for start in range(0, len(table), rows):
+            yield table.slice(start, rows)
+
+
+def csr(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """A list column as offsets [U + 1] from 0 and values."""
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
+    return np.r_[0, np.cumsum(lengths)], pc.list_flatten(lists).to_numpy()
+
+
+def _padded(top: np.ndarray, k: int) -> np.ndarray:
+    """Lists of a catalogue shorter than k, filled up with row 0, the item nobody wants."""
+    return np.pad(top, ((0, 0), (0, k - top.shape[1])))
+
+
+def _item_vectors(trained: Trained) -> torch.Tensor:
+    with torch.no_grad():
+        vectors: torch.Tensor = trained.model.item_vectors()  # type: ignore[operator]
+    return vectors
+
+
+def _by_model(trained: Trained, item_vectors: torch.Tensor, users: pa.Table) -> torch.Tensor:
+    with torch.no_grad():
+        return trained.model(collate(users, trained.schema)) @ item_vectors.T
+
+
+def _by_cosine(similarity: np.ndarray, popular: torch.Tensor, users: pa.Table) -> torch.Tensor:
+    scores = torch.from_numpy(history_scores(*csr(users["seen"]), similarity)).double()
+    return scores + 1e-9 * popular / len(popular)  # items like nothing seen come by popularity
+
+
+def _similarity(prepared: Prepared, cfg: EvaluateConfig) -> np.ndarray:
+    """Item-to-item cosine over all exposures before the split, history rows included."""
+    row_of = prepared.items["item_id"].combine_chunks()
+    cosine = ItemCosine.empty(len(row_of) + 1)
+    first = prepared.manifest.config["split"][f"{cfg.split}_from"]
+    by_bucket: dict[str, list[Path]] = {}
+    for file in (prepared.path / "events").glob("date=*/*.parquet"):
+        if file.parent.name < f"date={first}":
+            by_bucket.setdefault(file.name, []).append(file)  # a user's events all lie in one bucket
+    for files in by_bucket.values():
+        tables = [pq.read_table(f, columns=["user_id", "item_id"], partitioning=None) for f in files]
+        events = pa.concat_tables(tables)
+        users = events["user_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+        rows = pc.fill_null(pc.index_in(events["item_id"], value_set=row_of), -1).to_numpy() + 1
+        cosine.add(users, rows)
+    return cosine.similarity()

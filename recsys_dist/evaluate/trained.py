@@ -1,0 +1,84 @@
+"""What both evaluations share: their settings, a trained model with the schema it reads, and JSON."""
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+from pydantic import Field
+from torch import nn
+
+from recsys_dist.config import Config
+from recsys_dist.data.prepared import Prepared
+from recsys_dist.errors import CheckpointError
+from recsys_dist.models.protocol import model_module
+from recsys_dist.schema import Schema
+from recsys_dist.train.checkpoint import load_for_inference, refuse_other_schema
+
+Work = Callable[[str], pa.Table]  # one file in, one table out
+MapFiles = Callable[[Work, list[str]], Iterable[pa.Table]]  # `map`, or the same over many workers
+
+
+class EvaluateConfig(Config):
+    """Settings of `jobs/evaluate.py`."""
+
+    split: Literal["valid", "test"] = "test"
+    batch_rows: int = Field(8192, ge=1, description="rows scored at once; part of what exact results mean")
+    ks: tuple[int, ...] = Field((50, 100, 200), min_length=1, description="cuts of the recall metrics")
+    bootstrap: int = Field(200, ge=2, description="replicates behind the 95 % intervals")
+    seed: int = 0
+    encoded: tuple[str, ...] | None = Field(
+        None, description="id features of the target encoding; None takes every categorical one"
+    )
+    smoothing: float = Field(20.0, gt=0, description="rows of prior in the target encoding's rates")
+    item_cosine_max_items: int = Field(
+        10_000,
+        ge=0,
+        description="largest catalogue for the item-to-item baseline (4 bytes per pair of items)",
+    )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model in eval mode, unsharded, and the fitted schema that it reads."""
+
+    model: nn.Module
+    schema: Schema
+
+
+def load_trained(checkpoint: str | Path, prepared: Prepared) -> Trained:
+    """The model of a checkpoint; CheckpointError where it is torn or was trained on other features or ids."""
+    model, manifest = load_for_inference(checkpoint)
+    if manifest.vocabulary_digest != prepared.manifest.vocabulary_digest:
+        raise CheckpointError(
+            f"checkpoint {str(checkpoint)!r} numbers ids by another vocabulary "
+            f"({manifest.vocabulary_digest}) than the data in {str(prepared.path)!r} "
+            f"({prepared.manifest.vocabulary_digest}); evaluate on the data that it was trained on"
+        )
+    # the label to learn is the training run's choice; everything else must be the data's
+    label = manifest.data_schema.ranking_label
+    refuse_other_schema(manifest, Schema.parse({**prepared.schema.model_dump(), "ranking_label": label}))
+    module = model_module(manifest.model["name"])
+    return Trained(model, module.Model.inputs(manifest.data_schema, module.Config.parse(manifest.model)))
+
+
+def known_before(split: str) -> tuple[str, ...]:
+    """The splits that lie before `split`: what a baseline, and a refitted model, may learn from."""
+    return ("train",) if split == "valid" else ("train", "valid")
+
+
+def write_json(values: dict[str, Any], file: Path) -> None:
+    """Write `values` with NaN as null, which JSON has no other word for."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(_without_nan(values), indent=1) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -21,6 +21,8 @@ from recsys_dist.data.sources.protocol import CHUNK_ROWS
 from recsys_dist.errors import SourceError
 
 URL = re.compile(r"^([a-z][a-z0-9+.\-]*)://([^?]*)(\?.*)?$")
+PARQUET = (".parquet", ".pq")
+CSV = (".csv", ".csv.gz", ".csv.bz2", ".csv.zst")
 BLOCK_BYTES = 4 << 20  # of CSV text parsed at a time, about CHUNK_ROWS rows of a typical log
 
 
@@ -89,13 +91,30 @@ def find(pattern: str, suffixes: tuple[str, ...]) -> list[File]:
     ]
 
 
-def csv_header(url: str, delimiter: str = ",") -> list[str]:
-    """Column names in the first line of a CSV file."""
+def columns_of(url: str, delimiter: str = ",") -> pa.Schema:
+    """Names and types of a file's columns: a Parquet footer's, or what a CSV's first lines look like."""
     system, path = open_file(url)
+    if is_parquet(path):
+        with naming(url), system.open_input_file(path) as stream:
+            return pq.read_schema(stream)
     with naming(url), system.open_input_stream(path) as stream:
         options = csv.ReadOptions(use_threads=False, block_size=1 << 16)
-        reader = csv.open_csv(stream, options, csv.ParseOptions(delimiter=delimiter))
-        return list(reader.schema.names)
+        parsing = csv.ParseOptions(
+            delimiter=delimiter, invalid_row_handler=lambda _: "skip", newlines_in_values=True
+        )
+        return csv.open_csv(stream, options, parsing).schema
+
+
+def is_parquet(path: str) -> bool:
+    """Whether a path's name says Parquet; anything else is taken as CSV."""
+    return path.split("?")[0].endswith(PARQUET)
+
+
+def row_groups(url: str) -> int:
+    """Row groups of a Parquet file."""
+    system, path = open_file(url)
+    with naming(url), system.open_input_file(path) as stream:
+        return int(pq.read_metadata(stream).num_row_groups)
 
 
 def csv_chunks(
@@ -149,13 +168,6 @@ def parquet_chunks(url: str, columns: list[str], first: int = 0, last: int = -1)
             yield pa.Table.from_batches([batch]).append_column("row", pa.array(row))
 
 
-def parquet_columns(url: str) -> list[str]:
-    """Top-level column names in the footer of a Parquet file."""
-    system, path = open_file(url)
-    with naming(url), system.open_input_file(path) as stream:
-        return list(pq.read_schema(stream).names)
-
-
 def require(url: str, wanted: Iterable[str], have: list[str]) -> None:
     """Raise SourceError that names the file, the column it lacks and the nearest that it has."""
     for name in wanted:
@@ -166,10 +178,10 @@ def require(url: str, wanted: Iterable[str], have: list[str]) -> None:
 def read_table(url: str) -> pa.Table:
     """A small CSV (every column as text) or Parquet file as a whole."""
     system, path = open_file(url)
-    if url.split("?")[0].endswith(".parquet"):
+    if is_parquet(path):
         with naming(url), system.open_input_file(path) as stream:
             return pq.ParquetFile(stream, page_checksum_verification=True).read(use_threads=False)
-    header = csv_header(url)
+    header = columns_of(url).names
     chunks = list(csv_chunks(url, header))
     for chunk in chunks:
         if MALFORMED in chunk.column_names:

@@ -101,12 +101,12 @@ class Source:
 
     def read(self, part: Part) -> Iterator[pa.Table]:
         if part.file.endswith(".parquet"):
-            files.require(part.file, HISTORY_COLUMNS, files.parquet_columns(part.file))
+            files.require(part.file, HISTORY_COLUMNS, files.columns_of(part.file).names)
             for chunk in files.parquet_chunks(part.file, HISTORY_COLUMNS):
                 for first in range(0, len(chunk), HISTORY_USERS):
                     yield history_rows(chunk.slice(first, HISTORY_USERS))
             return
-        files.require(part.file, LOG_COLUMNS, files.csv_header(part.file))
+        files.require(part.file, LOG_COLUMNS, files.columns_of(part.file).names)
         for chunk in files.csv_chunks(part.file, list(LOG_COLUMNS)):
             yield chunk.rename_columns([LOG_COLUMNS.get(name, name) for name in chunk.column_names])
 
@@ -138,10 +138,11 @@ class Source:
         return files.find(str(names[-1]), (".parquet",))[0] if names else None
 
 
-def recognise(path: Path) -> Config | None:
-    """The config for `path` if it is a directory of KuaiRand files."""
+def recognise(given: str) -> Config | None:
+    """The config for a directory of KuaiRand files."""
+    path = Path(given)
     found = any(next(folder.glob("log_standard_*.csv"), None) for folder in (path, path / "data"))
-    return Config(path=str(path)) if found else None
+    return Config(path=given) if found else None
 
 
 def history_rows(users: pa.Table) -> pa.Table:

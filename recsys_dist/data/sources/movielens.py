@@ -71,7 +71,7 @@ class Source:
         if part.file.endswith(".dat"):
             chunks = files.csv_chunks(part.file, COLUMNS, ":", DAT_FIELDS)
         else:
-            files.require(part.file, CSV_COLUMNS, files.csv_header(part.file))
+            files.require(part.file, CSV_COLUMNS, files.columns_of(part.file).names)
             chunks = files.csv_chunks(part.file, CSV_COLUMNS)
         renamed = dict(zip(CSV_COLUMNS, COLUMNS, strict=True))
         for chunk in chunks:
@@ -120,10 +120,10 @@ class Source:
         return str(Path(self.cfg.path).expanduser().absolute() / name)
 
 
-def recognise(path: Path) -> Config | None:
-    """The config for `path` if it is a directory of MovieLens files."""
-    found = any((path / name).is_file() for name in ("ratings.dat", "ratings.csv"))
-    return Config(path=str(path)) if found else None
+def recognise(given: str) -> Config | None:
+    """The config for a directory of MovieLens files."""
+    found = any(Path(given, name).is_file() for name in ("ratings.dat", "ratings.csv"))
+    return Config(path=given) if found else None
 
 
 def _at_least(rating: pa.ChunkedArray, threshold: float) -> pa.Array:

@@ -1,4 +1,4 @@
-"""What a source is: one file under `sources/` with a frozen `Config` and a class `Source`.
+"""What a source is: one file under `sources/` with a frozen `Config`, a class `Source` and `recognise`.
 
 A source turns raw files into canonical *columns*; it does not judge values. `data.logs.validate`
 does, row by row, so that a bad value costs its row and not the file. `data.pipeline` calls
@@ -10,6 +10,7 @@ import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
+from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
@@ -18,7 +19,7 @@ import pyarrow as pa
 import recsys_dist.data.sources
 from recsys_dist.config import Config, nearest
 from recsys_dist.data.columns import TimestampUnit
-from recsys_dist.errors import ConfigError
+from recsys_dist.errors import ConfigError, SourceError
 from recsys_dist.schema import Schema
 
 CHUNK_ROWS = 65_536  # rows of a table that `read` yields, about: tens of MB, whatever the file's size
@@ -108,6 +109,23 @@ def source_config(values: dict[str, object]) -> SourceConfig:
         raise ConfigError(f"a source needs `kind`, one of {', '.join(source_names())}; given: {values!r:.80}")
     config: type[SourceConfig] = source_module(kind).Config
     return config.parse(values)
+
+
+def source_for(given: str) -> SourceConfig:
+    """The config of the source that knows what lies at a path (each source has a `recognise`).
+
+    Raises SourceError where none does, saying what there is and what each expects.
+    """
+    for name in source_names():
+        found: SourceConfig | None = source_module(name).recognise(given)
+        if found is not None:
+            return found
+    exists = Path(given).exists()
+    raise SourceError(
+        f"{given}: {'no log that a source knows is here' if exists else 'does not exist'}; expected a "
+        f"directory of KuaiRand (log_standard_*.csv) or MovieLens (ratings.dat, ratings.csv) files, or "
+        f"a YAML file that maps your own (docs/own_logs.md), as log.yaml in that directory"
+    )
 
 
 def open_source(cfg: SourceConfig) -> Source:

@@ -73,6 +73,11 @@ class Config(SourceConfig):
     momentum: float = Field(0.3, ge=0)
 
 
+def recognise(given: str) -> Config | None:
+    """No path is a simulation, only the word."""
+    return Config() if given == "simulate" else None
+
+
 @dataclass(frozen=True)
 class Items:
     """topic, author [I] int; factors [I, DIM]; quality, duration_ms [I]; reach [I]: cumulative popularity."""

@@ -1,0 +1,197 @@
+"""The main job, from a behaviour log to two trained, evaluated, tracked models and a report.
+
+examples:
+  python -m jobs.quickstart                                     (simulates a log)
+  python -m jobs.quickstart --data path/to/KuaiRand-Pure        (a directory of a known data set)
+  python -m jobs.quickstart --data my_log.yaml                  (your own logs: docs/own_logs.md)
+
+The same command again reuses what is unchanged and continues what was interrupted.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jobs import prepare as prepare_job
+from jobs import recipes, tracked
+from jobs.command import reported
+from recsys_dist import report, session, tracking
+from recsys_dist.data.pipeline import PrepareConfig, prepare
+from recsys_dist.data.prepared import Prepared
+from recsys_dist.data.sources.protocol import source_for
+from recsys_dist.data.stages import write_text
+from recsys_dist.evaluate import EvaluateConfig
+from recsys_dist.report import Ledger, Story
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.quickstart",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data", default="simulate", help="logs to use; default: simulate some")
+    parser.add_argument("--out", default="runs/quickstart", help="directory for everything that is made")
+    parser.add_argument("--workers", type=int, default=2, help="training workers")
+    parser.add_argument("--tracking-uri", help="MLflow server; default: an SQLite file below --out")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    out = Path(args.out)
+    clock = Clock()
+    tracking.deliver_pending(out)
+    session.connect()
+    with clock.stage("prepare", "1/3  preparing the log"):
+        prepared = prepare(PrepareConfig(source=source_for(args.data)), out / "data")
+        print(prepare_job.summary(prepared))
+    outcomes = {}
+    for number, (task, recipe) in enumerate({"recall": "youtubednn", "ranking": "wide_deep"}.items(), 2):
+        with clock.stage(task, f"{number}/3  training and evaluating {recipe} ({task})"):
+            cfg = recipes.named(recipe, {"data": str(prepared.path), "num_workers": args.workers})
+            settings = tracking.TrackingConfig(uri=args.tracking_uri)
+            outcomes[task] = tracked.run(cfg, out, settings, EvaluateConfig())
+            print(_trained(outcomes[task]))
+    result = summarise(prepared, outcomes, clock.seconds)
+    write_text(json.dumps(result, indent=1), out / "report.json")
+    story = tell(prepared, outcomes, result, out)
+    report.write(result, story, out / "report.html")
+    print("\n" + "\n".join(story.summary))
+    print("\nNext:\n" + "\n".join(f"  {what}: {command}" for what, command in story.next_steps))
+
+
+class Clock:
+    """Seconds of each stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str, title: str) -> Iterator[None]:
+        print(f"\n== {title}", flush=True)
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - began, 2)
+
+
+def summarise(
+    prepared: Prepared, outcomes: dict[str, tracked.Outcome], seconds: dict[str, float]
+) -> dict[str, Any]:
+    """report.json."""
+    ranking, recall = (outcomes[task].evaluation or {} for task in ("ranking", "recall"))
+    keep = ("auc", "gauc", "logloss", "ece", "rows")
+    scorers = [name for name in ("target_encoding", "popularity", "bayes") if name in ranking]
+    cuts = [key for key in recall["model"]["unseen"] if "@" in key]
+    others = [name for name in ("popularity", "item_cosine") if name in recall]
+    return {
+        "data": {
+            "source": prepared.manifest.config["source"],
+            "digest": prepared.manifest.data_digest,
+            "path": str(prepared.path),
+            "split": prepared.manifest.config["split"],
+            "ledger": {k: prepared.manifest.ledger[k] for k in ("read", "kept", "quarantined", "refused")},
+        },
+        "ranking": {
+            "model": "Wide & Deep",
+            "label": ranking["label"],
+            **{k: ranking["model"][k] for k in keep},
+            "intervals": ranking["model"]["intervals"],
+            **{name: {k: ranking[name][k] for k in keep if k in ranking[name]} for name in scorers},
+        },
+        "recall": {
+            "model": "YoutubeDNN",
+            **{k: recall["model"]["unseen"][k] for k in cuts},
+            "users": recall["users"],
+            "pairs": recall["pairs"],
+            **{name: {k: recall[name]["unseen"][k] for k in cuts} for name in others},
+        },
+        "mlflow": {
+            "tracking_uri": outcomes["ranking"].tracking_uri,
+            "run_ids": {task: outcome.delivery.run_id for task, outcome in outcomes.items()},
+        },
+        "seconds": seconds,
+        "peak_rss_bytes": max(outcome.peak_rss_bytes for outcome in outcomes.values()),
+    }
+
+
+def tell(
+    prepared: Prepared, outcomes: dict[str, tracked.Outcome], result: dict[str, Any], out: Path
+) -> Story:
+    """What the run means, for people."""
+    ledger = prepared.manifest.ledger
+    summary = [
+        _data_sentence(prepared),
+        *_ranking_sentences(result["ranking"]),
+        *_recall_sentences(result["recall"]),
+    ]
+    waiting = sum(outcome.delivery.waiting_records for outcome in outcomes.values())
+    if waiting:
+        summary.append(
+            f"MLflow at {result['mlflow']['tracking_uri']} could not be reached: {waiting} records wait in "
+            f"{out / 'tracking'} and are sent by the next run."
+        )
+    next_steps = [
+        ("the report, with plots", str(out / "report.html")),
+        ("every run, curve and setting, in MLflow", f"make mlflow OUT={out}"),
+        (
+            "another model or setting",
+            f"python -m jobs.train wide_deep data={prepared.path} model.hidden=[512,256]",
+        ),
+    ]
+    kinds = Ledger(ledger["read"], ledger["kept"], ledger["quarantined"])
+    figures = [figure for outcome in outcomes.values() for figure in outcome.plots]
+    return Story("From behaviour logs to a recommender", summary, kinds, figures, next_steps)
+
+
+def _data_sentence(prepared: Prepared) -> str:
+    rows = {name: shards.total_rows for name, shards in prepared.manifest.splits.items()}
+    split = prepared.manifest.config["split"]
+    return (
+        f"Learned from {rows['ranking/train'] + rows['ranking/valid']:,} exposures before {split['test_from']}, "
+        f"tested on the {rows['ranking/test']:,} that followed, which no model or vocabulary had seen."
+    )
+
+
+def _ranking_sentences(ranking: dict[str, Any]) -> Iterator[str]:
+    encoding = ranking["target_encoding"]
+    low, high = ranking["intervals"]["auc"]
+    verdict = "beats" if ranking["auc"] > encoding["auc"] else "does NOT beat"
+    yield (
+        f"Ranking: {ranking['model']} puts a {ranking['label']} above a non-{ranking['label']} in "
+        f"{ranking['auc']:.1%} of pairs (AUC {ranking['auc']:.4f}, 95% interval {low:.4f} to {high:.4f}; "
+        f"within a user {ranking['gauc']:.4f}). It {verdict} target encoding ({encoding['auc']:.4f}; "
+        f"{encoding['gauc']:.4f})."
+    )
+    if "bayes" in ranking:
+        best = ranking["bayes"]["auc"]
+        yield f"The simulator's own probabilities reach {best:.4f}: {best - ranking['auc']:.4f} are left to learn."
+
+
+def _recall_sentences(recall: dict[str, Any]) -> Iterator[str]:
+    cut = "recall@100" if "recall@100" in recall else next(key for key in recall if key.startswith("recall@"))
+    for name in ("popularity", "item_cosine"):
+        if name in recall:
+            verdict = "beats" if recall[cut] > recall[name][cut] else "does NOT beat"
+            yield (
+                f"Recall: {recall['model']} finds {recall[cut]:.1%} of what users went on to want among "
+                f"{cut.removeprefix('recall@')} candidates; it {verdict} {name.replace('_', ' ')} "
+                f"({recall[name][cut]:.1%})."
+            )
+
+
+def _trained(outcome: tracked.Outcome) -> str:
+    fitted = outcome.fitted
+    return (
+        f"epoch {fitted.chosen_epoch} of {len(fitted.history)} was best on the validation days; "
+        f"{fitted.rows_per_s:,.0f} rows/s; checkpoint: {fitted.checkpoint}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(reported(main, sys.argv[1:]))

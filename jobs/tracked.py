@@ -1,0 +1,122 @@
+"""Train and evaluate a model as one tracked run: what `jobs.train` and the quickstart share."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recsys_dist import plots, tracking
+from recsys_dist.config import digest
+from recsys_dist.data.prepared import Prepared
+from recsys_dist.evaluate import EvaluateConfig, evaluate_ranking, evaluate_recall, load_trained, write_json
+from recsys_dist.outbox import Recorder
+from recsys_dist.plots import Curves, Plot, Reliability
+from recsys_dist.tracking import TrackingConfig
+from recsys_dist.train import trainer
+from recsys_dist.train.settings import TrainConfig
+from recsys_dist.train.trainer import FitResult
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run: how it was trained, and, if asked for, what it is worth on the test days."""
+
+    fitted: FitResult
+    evaluation: dict[str, Any] | None
+    plots: list[Plot]
+    delivery: tracking.Delivery
+    tracking_uri: str
+    peak_rss_bytes: int
+
+
+def run(cfg: TrainConfig, out: Path, tracked: TrackingConfig, evaluate: EvaluateConfig | None) -> Outcome:
+    """Fit `cfg` below `out`, evaluate, and tell MLflow. What is finished is not done again."""
+    prepared = Prepared.open(cfg.data)
+    directory = trainer.run_directory(cfg, prepared, out / "models")
+    with tracking.open_run(tracked, out, directory.name) as live:
+        live.record.config(cfg.model_dump(mode="json"))
+        live.record.data(prepared.path.name, prepared.manifest.data_digest, str(prepared.path))
+        fitted = trainer.fit(cfg, out / "models", on_report=_curve_recorder(live.record))
+        live.record.checkpoint(fitted.checkpoint)
+        evaluation = _evaluated(prepared, fitted, cfg, evaluate) if evaluate else None
+        figures = figures_of(cfg, fitted, evaluation)
+        if evaluation:
+            live.record.metrics(final_metrics(evaluation))
+        for figure in figures:
+            live.record.artifact(plots.save(figure, fitted.run / "plots"), "plots")
+        delivery = live.close()
+        return Outcome(fitted, evaluation, figures, delivery, live.uri, live.peak_rss_bytes)
+
+
+def final_metrics(evaluation: dict[str, Any]) -> dict[str, float]:
+    """The model's and baselines' numbers as `test/<scorer>/<metric>`."""
+    flat: dict[str, float] = {}
+    for scorer, found in evaluation.items():
+        values = found.get("unseen", found) if isinstance(found, dict) else {}
+        for metric, value in values.items():
+            if isinstance(value, int | float):
+                flat[f"{evaluation['split']}/{scorer}/{metric.replace('@', '_at_')}"] = float(value)
+    return flat
+
+
+def figures_of(cfg: TrainConfig, fitted: FitResult, evaluation: dict[str, Any] | None) -> list[Plot]:
+    """Learning curve, and the reliability diagram of a ranker."""
+    metric = cfg.chosen_metric
+    curve = Curves(
+        f"{cfg.model.name}: {metric} on the validation days",
+        "epoch",
+        metric,
+        {metric: [(entry["epoch"], entry[metric]) for entry in fitted.history]},
+    )
+    loss = Curves(
+        f"{cfg.model.name}: training loss",
+        "epoch",
+        "mean loss of a row before its step",
+        {"training": [(entry["epoch"], entry["loss"]) for entry in fitted.history]},
+    )
+    figures: list[Plot] = [loss, curve]
+    if evaluation and "reliability" in evaluation:
+        found = evaluation["reliability"]
+        title = f"{cfg.model.name}: are its probabilities right?"
+        figures.append(Reliability(title, found["predicted"], found["observed"], found["rows"]))
+    return figures
+
+
+def _evaluated(
+    prepared: Prepared, fitted: FitResult, cfg: TrainConfig, evaluate: EvaluateConfig
+) -> dict[str, Any]:
+    key = digest([fitted.checkpoint.name, prepared.manifest.data_digest, evaluate.digest()])
+    file = fitted.run / f"evaluation-{key}.json"
+    if not file.exists():
+        trained = load_trained(fitted.checkpoint, prepared)
+        if cfg.task == "ranking":
+            write_json(evaluate_ranking(prepared, trained, evaluate, fitted.run), file)
+        else:
+            write_json(evaluate_recall(prepared, trained, evaluate), file)
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def _curve_recorder(record: Recorder) -> Callable[[dict[str, Any]], None]:
+    """A listener for the trainer's progress that tells each point once, also over restarts of the driver."""
+    told = {
+        (key, line["step"])
+        for line, _ in record.read()
+        if line["kind"] == "metrics"
+        for key in line["values"]
+    }
+
+    def on_report(line: dict[str, Any]) -> None:
+        phase = line["phase"]
+        if line["kind"] == "curve":
+            step, names = line["step"], ("loss", "rows_per_s")
+        else:
+            step, names = line["epoch"], tuple(k for k, v in line.items() if isinstance(v, float))
+        prefix = phase if line["kind"] == "curve" else f"{phase}/epoch"
+        values = {f"{prefix}/{name.replace('@', '_at_')}": float(line[name]) for name in names}
+        fresh = {key: value for key, value in values.items() if (key, step) not in told}
+        if fresh:
+            record.metrics(fresh, step=step)
+
+    return on_report

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torchrec import KeyedJaggedTensor
 
@@ -49,7 +50,7 @@ def _sparse(table: pa.Table, schema: Schema) -> KeyedJaggedTensor:
         if isinstance(feature, Sequence):
             lists = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
             ids = lists.flatten().to_numpy(zero_copy_only=False)
-            lengths.append(np.diff(lists.offsets.to_numpy()).astype(np.int32))
+            lengths.append(pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False))
         else:
             ids = _numpy(column)
             lengths.append(np.ones(len(table), np.int32))

@@ -71,12 +71,13 @@ def events(rows: int = 600, days: int = 8, seed: int = 0) -> pa.Table:
     seconds = np.sort(rng.integers(0, days * 24 * 20, rows)) * 180  # coarse: equal times occur
     history = np.arange(rows) < rows // 5
     stamps = (start + seconds) * 1_000_000
+    local_day = (stamps + 8 * 3_600_000_000) // 86_400_000_000
     table = pa.table(
         {
             "user_id": [f"u{n}" for n in rng.integers(0, 14, rows)],  # two of them not described
             "item_id": [f"i{n}" for n in rng.zipf(1.5, rows) % 22],
             "timestamp": pa.array(stamps, pa.timestamp("us", "UTC")),
-            "date": pa.array((stamps + 8 * 3_600_000_000) // 86_400_000_000).cast(pa.int32()).cast(pa.date32()),
+            "date": pa.array(local_day.astype(np.int32)).cast(pa.date32()),
             "history": history,
             "click": pa.array(rng.random(rows) < 0.4, mask=history).cast(pa.int8()),
             "like": pa.array(rng.random(rows) < 0.2).cast(pa.int8()),

@@ -15,18 +15,19 @@ from recsys_dist.data.counts import Counts
 from recsys_dist.data.entities import Entities
 from recsys_dist.data.examples import World, examples, features, sort_events, user_states
 from recsys_dist.data.split import Split
+from recsys_dist.schema import Schema
 from tests.data.small_log import FIRST_DAY, SCHEMA, events, items, users
 
 SPLIT = Split(valid_from=FIRST_DAY + dt.timedelta(days=5), test_from=FIRST_DAY + dt.timedelta(days=6))
 FREEZE = (SPLIT.test_from - dt.date(1970, 1, 1)).days
 
 
-def world_of(log: pa.Table) -> World:
-    counts = Counts.of(log, SCHEMA, SPLIT)
+def world_of(log: pa.Table, schema: Schema = SCHEMA) -> World:
+    counts = Counts.of(log, schema, SPLIT)
     seen_users = counts.totals("user_id", ("history", "train"))["value"].combine_chunks()
     known_users = Entities.of(users(), "user_id", seen_users)
     known_items = Entities.of(items(), "item_id", counts.by_column["item_id"]["value"].unique())
-    encoders = fitting.fit(SCHEMA, counts, known_users, known_items, FREEZE)
+    encoders = fitting.fit(schema, counts, known_users, known_items, FREEZE)
     return World(encoders, known_users, known_items)
 
 

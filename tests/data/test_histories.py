@@ -1,0 +1,32 @@
+"""Each event's past against a loop over all events."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recsys_dist.data.histories import Timeline
+
+EVENTS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.booleans()), max_size=30)
+
+
+@given(EVENTS, st.integers(1, 4), st.randoms())
+def test_pasts_are_what_a_loop_finds(events: list[tuple[int, int, bool]], length: int, chance) -> None:  # type: ignore[no-untyped-def]
+    events = sorted(events)
+    user, time = (np.array([e[k] for e in events], np.int64) for k in (0, 1))
+    wanted = np.array([e[2] for e in events], bool)
+    timeline = Timeline.of(user, time)
+    past = [
+        [i for i, (u, t, _) in enumerate(events) if u == user[n] and t < time[n]] for n in range(len(events))
+    ]
+    assert timeline.count(wanted).tolist() == [sum(wanted[i] for i in p) for p in past]
+    amount = np.arange(len(events), dtype=float)
+    assert timeline.count(amount).tolist() == [float(sum(p)) for p in past]
+    of = np.array([n for n in range(len(events)) if chance.random() < 0.7], np.int64)
+    offsets, at = timeline.last(wanted, length, of)
+    lists = [at[offsets[k] : offsets[k + 1]].tolist() for k in range(len(of))]
+    assert lists == [[i for i in past[n] if wanted[i]][-length:] for n in of]
+
+
+def test_equal_times_do_not_see_each_other() -> None:
+    timeline = Timeline.of(np.array([0, 0, 0, 1]), np.array([5, 5, 6, 6]))
+    assert timeline.count(np.ones(4)).tolist() == [0, 0, 2, 0]

@@ -26,9 +26,10 @@ help:  ## list the targets
 	@echo "Options: CUDA=1 installs the CUDA builds (CUDA=0 goes back); PYTHON=python3.12 names the Python (3.11 to 3.13)"
 
 install:
-	@command -v "$(PYTHON)" >/dev/null 2>&1 || command -v python3.11 >/dev/null 2>&1 \
-	  || { echo "error: no $(PYTHON) here; install Python 3.11, 3.12 or 3.13, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
-	@p="$(PYTHON)"; command -v "$$p" >/dev/null 2>&1 || p=python3.11; "$$p" requirements/install.py $(kind) $(named_python)
+	@for p in "$(PYTHON)" $(if $(named_python),,python3.11 python3.12 python3.13); do \
+	  if command -v "$$p" >/dev/null 2>&1; then exec "$$p" requirements/install.py $(kind) $(named_python); fi; \
+	done; \
+	echo "error: no $(PYTHON) here; install Python 3.11, 3.12 or 3.13, or name it: make PYTHON=/path/to/python3.11"; exit 1
 
 demo: install
 	$(py) -m jobs.quickstart --out "$(OUT)" $(if $(DATA),--data "$(DATA)")

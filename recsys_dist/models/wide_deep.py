@@ -24,6 +24,11 @@ from recsys_dist.models.losses import binary_cross_entropy
 from recsys_dist.models.protocol import Catalogue, ModelConfig, Task
 from recsys_dist.schema import IdFeature, Schema
 
+# FBGEMM's sharded kernels ask for a multiple of 4. The weight is the mean of 4 columns, which start equal,
+# get equal gradients and so stay equal; Adagrad does not see that each gradient is a quarter: exactly the
+# scalar weight that it stands for.
+WIDE_DIM = 4
+
 
 class Config(ModelConfig):
     name: Literal["wide_deep"] = "wide_deep"
@@ -55,7 +60,7 @@ class Model(nn.Module):
         wide = _wide_features(schema, cfg)
         self.wide_tables = (
             # a linear model over one-hot ids is a table of dimension 1; it starts at zero
-            embedding_tables(schema, wide, 1, nn.init.zeros_, PoolingType.SUM, prefix="wide_")
+            embedding_tables(schema, wide, WIDE_DIM, nn.init.zeros_, PoolingType.SUM, prefix="wide_")
             if wide
             else None
         )
@@ -75,7 +80,7 @@ class Model(nn.Module):
         # the bias of the tower's last layer is eq. 3's b
         logit_B = self.tower(torch.cat([embedded, batch.dense], dim=1)).squeeze(1)
         if self.wide_tables is not None:
-            logit_B = logit_B + self.wide_tables(batch.sparse).values().sum(dim=1)
+            logit_B = logit_B + self.wide_tables(batch.sparse).values().sum(dim=1) / WIDE_DIM
         return logit_B
 
     def loss(self, batch: Batch, step: int) -> torch.Tensor:

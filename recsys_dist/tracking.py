@@ -71,6 +71,7 @@ class Run:
         self.record = sender.recorder
         self._sender, self._sampler, self._lock = sender, sampler, lock
         self._trouble: str | None = None
+        self._delivery: Delivery | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="tracking", daemon=True)
         self._thread.start()
@@ -91,14 +92,18 @@ class Run:
         return self._sampler.peak_rss_bytes
 
     def close(self, status: Status = "FINISHED") -> Delivery:
-        """Record the end, try once more to deliver, and tell what is left. Never raises for a server."""
-        self._sampler.stop()
-        self.record.status(status)
-        self._closing.set()
-        self._thread.join(FINAL_WAIT_S)
-        delivery = _delivery(self._sender, self._trouble)
-        os.close(self._lock)
-        return delivery
+        """Record the end, try once more to deliver, and tell what is left. Never raises for a server.
+
+        Only the first call ends the run; the context's own finds it closed.
+        """
+        if self._delivery is None:
+            self._sampler.stop()
+            self.record.status(status)
+            self._closing.set()
+            self._thread.join(FINAL_WAIT_S)
+            self._delivery = _delivery(self._sender, self._trouble)
+            os.close(self._lock)
+        return self._delivery
 
     def __enter__(self) -> Self:
         return self

@@ -169,6 +169,20 @@ def test_a_recorder_travels_to_another_process(tmp_path: Path) -> None:
     assert [record["values"] for record, _ in recorder.read()] == [{"a": 3.0}]
 
 
+def test_closing_inside_the_context_ends_the_run_once(out: Path) -> None:
+    with open_run(TrackingConfig(), out, "run") as run:
+        delivery = run.close("FAILED")
+    assert run.close() is delivery
+    assert [r["status"] for r, _ in run.record.read() if r["kind"] == "status"] == ["RUNNING", "FAILED"]
+
+
+def test_an_error_and_ctrl_c_end_the_run_in_their_own_way(out: Path) -> None:
+    for error, status in ((RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")):
+        with pytest.raises(error), open_run(TrackingConfig(), out, status) as run:
+            raise error
+        assert run.record.last_status() == status
+
+
 def test_one_writer_per_run(out: Path) -> None:
     with open_run(TrackingConfig(), out, "run"), pytest.raises(ConfigError, match="another process"):
         open_run(TrackingConfig(), out, "run")

@@ -80,9 +80,16 @@ class TargetEncoding:
 
 
 def encoded_columns(schema: Schema, chosen: tuple[str, ...] | None) -> list[str]:
-    """The columns to target-encode: `chosen`, or every categorical feature of the schema."""
+    """The columns to target-encode: `chosen`, or the user's id, the item's id and categorical context.
+
+    Attributes of users and items say again what the ids say, and the sum then exaggerates: on
+    kuairand-pure `is_click`, ids and context reach AUC .7147 / log loss .612, all 35 columns .7070 / .769.
+    """
     if chosen is None:
-        return [feature.name for feature in schema.features if isinstance(feature, Categorical)]
+        names = [f.name for f in schema.features if isinstance(f, Categorical) and "." not in f.column]
+        if not names:
+            raise DataError("target encoding: the schema has no id or categorical context; name `encoded`")
+        return names
     for name in chosen:
         table_rows(schema, name)
     return list(chosen)

@@ -13,6 +13,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
+from jobs.evaluate import parse, ranking_table, recall_table
 from recsys_dist.batch import Batch
 from recsys_dist.config import rng_for
 from recsys_dist.data.prepared import Manifest, Prepared
@@ -254,3 +255,25 @@ def test_no_user_wanting_anything_is_an_error(prepared: Prepared) -> None:
 def test_json_has_no_nan(tmp_path: Path) -> None:
     write_json({"a": float("nan"), "b": [(1.0, float("nan"))]}, tmp_path / "x/result.json")
     assert json.loads((tmp_path / "x/result.json").read_text()) == {"a": None, "b": [[1.0, None]]}
+
+
+def test_tables_show_every_scorer(prepared: Prepared) -> None:
+    table = ranking_table(evaluate_ranking(prepared, Trained(ByAge(), SCHEMA), CFG))
+    for shown in ("click on test days: 100 exposures", "model", "target encoding", "best reachable", "AUC"):
+        assert shown in table
+    cfg = CFG.override(["item_cosine_max_items=3"])
+    taste = np.zeros((USERS, ITEMS))
+    table = recall_table(evaluate_recall(prepared, Trained(ByTable(taste), SCHEMA), cfg), cfg.ks)
+    for shown in (
+        "20 users",
+        "recall@10",
+        "popularity",
+        "item-to-item cosine skipped: 15 items",
+        "all items",
+    ):
+        assert shown in table
+
+
+def test_command_line_settings_may_follow_options() -> None:
+    cfg, args = parse(["checkpoint", "--data", "prepared", "split=valid", "ks=[20]"])
+    assert (cfg.split, cfg.ks, args.checkpoint, args.data) == ("valid", (20,), "checkpoint", "prepared")

@@ -16,7 +16,8 @@ from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import CheckpointError
 from recsys_dist.models.protocol import model_module
 from recsys_dist.schema import Schema
-from recsys_dist.train.checkpoint import load_for_inference, refuse_other_schema
+from recsys_dist.train.checkpoint import load_for_inference
+from recsys_dist.train.settings import model_schema
 
 Work = Callable[[str], pa.Table]  # one file in, one table out
 MapFiles = Callable[[Work, list[str]], Iterable[pa.Table]]  # `map`, or the same over many workers
@@ -31,7 +32,7 @@ class EvaluateConfig(Config):
     bootstrap: int = Field(200, ge=2, description="replicates behind the 95 % intervals")
     seed: int = 0
     encoded: tuple[str, ...] | None = Field(
-        None, description="id features of the target encoding; None takes every categorical one"
+        None, description="id features of the target encoding; None takes ids and categorical context"
     )
     smoothing: float = Field(20.0, gt=0, description="rows of prior in the target encoding's rates")
     item_cosine_max_items: int = Field(
@@ -51,18 +52,15 @@ class Trained:
 
 def load_trained(checkpoint: str | Path, prepared: Prepared) -> Trained:
     """The model of a checkpoint; CheckpointError where it is torn or was trained on other features or ids."""
-    model, manifest = load_for_inference(checkpoint)
+    model, manifest = load_for_inference(checkpoint, prepared.schema)
     if manifest.vocabulary_digest != prepared.manifest.vocabulary_digest:
         raise CheckpointError(
             f"checkpoint {str(checkpoint)!r} numbers ids by another vocabulary "
             f"({manifest.vocabulary_digest}) than the data in {str(prepared.path)!r} "
             f"({prepared.manifest.vocabulary_digest}); evaluate on the data that it was trained on"
         )
-    # the label to learn is the training run's choice; everything else must be the data's
-    label = manifest.data_schema.ranking_label
-    refuse_other_schema(manifest, Schema.parse({**prepared.schema.model_dump(), "ranking_label": label}))
-    module = model_module(manifest.model["name"])
-    return Trained(model, module.Model.inputs(manifest.data_schema, module.Config.parse(manifest.model)))
+    cfg = model_module(manifest.model["name"]).Config.parse(manifest.model)
+    return Trained(model, model_schema(cfg, manifest.data_schema, manifest.label))
 
 
 def known_before(split: str) -> tuple[str, ...]:

@@ -23,9 +23,9 @@ def reported(main: Callable[[list[str]], None], argv: list[str]) -> int:
     return 0
 
 
-def settings_help(cfg: type[Config]) -> str:
+def settings_help(cfg: type[Config], title: str = "settings:") -> str:
     """The fields of a config with their defaults and descriptions, a line each."""
-    lines = ["settings:"]
+    lines = [title]
     for name, field in cfg.model_fields.items():
         default: Any = field.get_default(call_default_factory=True, validated_data={})
         shown = "" if default is PydanticUndefined else f"={default}" if default is not None else ""

@@ -19,7 +19,8 @@ from recsys_dist import session
 from recsys_dist.config import load_yaml
 from recsys_dist.data.pipeline import PrepareConfig, prepare
 from recsys_dist.data.prepared import Prepared
-from recsys_dist.data.sources.protocol import source_names
+from recsys_dist.data.sources.protocol import SourceConfig, source_for, source_module, source_names
+from recsys_dist.errors import ConfigError, SourceError
 
 
 def parse(argv: list[str]) -> tuple[PrepareConfig, str]:
@@ -27,21 +28,38 @@ def parse(argv: list[str]) -> tuple[PrepareConfig, str]:
     parser = argparse.ArgumentParser(
         prog="python -m jobs.prepare",
         description=__doc__,
-        epilog=settings_help(PrepareConfig),
+        epilog="\n".join([settings_help(PrepareConfig), *map(_source_help, source_names())]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", nargs="?", help=f"kind of log: {', '.join(source_names())}")
-    parser.add_argument("path", nargs="?", help="where it lies: a directory, or the YAML of a parquet log")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="dotted, as in source.seed=1")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="source [path] [key=value ...]",
+        help=f"kind of log ({', '.join(source_names())}); where it lies: a directory, or the YAML of a "
+        "parquet log; settings, dotted as in source.seed=1",
+    )
     parser.add_argument("--config", help="YAML file with settings")
     parser.add_argument("--out", required=True, help="directory of the prepared data")
-    args = parser.parse_args(argv)
-    words = [word for word in (args.source, args.path, *args.settings) if word is not None]
-    named = [word for word in words if "=" not in word]
+    args = parser.parse_intermixed_args(argv)
+    named = [word for word in args.words if "=" not in word]
+    if named[2:]:
+        raise ConfigError(f"{named[2]!r} is neither a source, its path, nor key=value")
     values = load_yaml(args.config) if args.config else {}
     if named:
-        values["source"] = {"kind": named[0], **({"path": named[1]} if named[1:] else {})}
-    return PrepareConfig.parse(values).override([word for word in words if "=" in word]), args.out
+        values["source"] = _source(*named).model_dump(mode="json") if named[1:] else {"kind": named[0]}
+    return PrepareConfig.parse(values).override([word for word in args.words if "=" in word]), args.out
+
+
+def _source(kind: str, path: str) -> SourceConfig:
+    found: SourceConfig | None = source_module(kind).recognise(path)
+    if found is None:
+        other = source_for(path)  # raises where nobody knows what lies there, saying what each source expects
+        raise SourceError(f"{path} is a log of {other.kind}, not of {kind}")
+    return found
+
+
+def _source_help(kind: str) -> str:
+    return settings_help(source_module(kind).Config, f"settings below `source` of {kind}:")
 
 
 def summary(prepared: Prepared) -> str:

@@ -81,7 +81,7 @@ def nearest(name: str, known: list[str]) -> str:
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2022-13-01 is no date
         raise ConfigError(f"{where}: not valid YAML: {error}") from None
 
 
@@ -105,6 +105,8 @@ def _explain(error: ValidationError, cls: type[BaseModel]) -> str:
         if problem["type"] == "extra_forbidden":
             known = _known_keys(cls, problem["loc"][:-1])
             lines.append(f"unknown setting {where!r}{nearest(str(problem['loc'][-1]), known)}")
+        elif isinstance(own := problem.get("ctx", {}).get("error"), ConfigError):
+            lines.append(f"setting {where!r}: {own}")  # in our words already, with what was given
         else:
             given = "" if problem["type"] == "missing" else f" (given: {problem['input']!r:.80})"
             lines.append(f"setting {where or cls.__name__!r}: {problem['msg']}{given}")

@@ -61,11 +61,11 @@ class Counts:
         return cls({column: _sum(pa.concat_tables(found)) for column, found in tables.items()})
 
     def totals(self, column: str, periods: tuple[str, ...], of: str = "rows") -> pa.Table:
-        """`value, total`: how often each value occurred in the periods; `of` may be `<label>_sum`."""
+        """`value, total` by value: how often it occurred in the periods; `of` may be `<label>_sum`."""
         table = self.by_column[column]
         chosen = table.filter(pc.is_in(table["period"].cast(pa.string()), pa.array(periods)))
         summed = chosen.group_by("value").aggregate([(of, "sum")])
-        return summed.select(["value", f"{of}_sum"]).rename_columns(["value", "total"])
+        return summed.select(["value", f"{of}_sum"]).rename_columns(["value", "total"]).sort_by("value")
 
     def prior(self, label: str) -> float:
         """Mean of the label over training and history events where it is known."""

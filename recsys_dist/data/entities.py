@@ -18,7 +18,7 @@ class Entities:
 
     @classmethod
     def of(cls, described: pa.Table | None, key: str, seen: pa.Array) -> "Entities":
-        """Everything in the users/items table, and every id `seen` in the log besides.
+        """Everything in the users/items table, and every id `seen` in the log besides, by name.
 
         Raises DataError where the table has an id twice.
         """
@@ -32,7 +32,7 @@ class Entities:
             raise DataError(
                 f"the table of {key.removesuffix('_id')}s has {key} {first} more than once; keep one row each"
             )
-        new = seen.filter(pc.invert(pc.is_in(seen, known)))
+        new = seen.filter(pc.invert(pc.is_in(seen, known))).sort()  # found in any order, as tasks end
         undescribed = pa.table({key: new.cast(pa.string())})
         both = pa.concat_tables([described, undescribed], promote_options="default").combine_chunks()
         return cls(pa.concat_arrays(both[key].chunks or [pa.array([], pa.string())]), both)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
@@ -28,6 +28,7 @@ from recsys_dist.errors import CheckpointError
 from recsys_dist.models.protocol import Catalogue, model_module
 from recsys_dist.schema import Schema
 from recsys_dist.train.loop import Loss, Workers
+from recsys_dist.train.settings import model_schema
 from recsys_dist.train.sharding import ShardedModel, materialise
 
 MANIFEST = "manifest.json"
@@ -44,8 +45,9 @@ class FileEntry(Config):
 class Manifest(Config):
     """What a checkpoint is of. `epoch` counts finished epochs, `step` finished steps, both of its phase."""
 
-    files: dict[str, FileEntry] = {}
+    files: dict[str, FileEntry] = Field(default_factory=dict)
     model: dict[str, Any]
+    label: str | None = None  # None: the schema's ranking_label
     data_schema: Schema
     vocabulary_digest: str
     data_digest: str
@@ -54,7 +56,7 @@ class Manifest(Config):
     epoch: int
     step: int
     history: list[dict[str, Any]]  # an entry per finished epoch, metrics included
-    plan: dict[str, Any] = {}
+    plan: dict[str, Any] = Field(default_factory=dict)
     workers: int = 1
 
     @property
@@ -75,8 +77,7 @@ def save(
     root: Path, sharded: ShardedModel, catalogue: Catalogue, manifest: Manifest, workers: Workers
 ) -> Checkpoint:
     """Write a checkpoint into a fresh directory below `root`. Collective; all workers see one file system."""
-    [name, *_] = workers.gather(f"epoch-{manifest.epoch:04d}-{uuid.uuid4().hex[:8]}")
-    path = root / str(name)
+    path = root / workers.agree(f"epoch-{manifest.epoch:04d}-{uuid.uuid4().hex[:8]}")
     state = {**_live_state(sharded), "catalogue.positives": catalogue.positives}
     state |= {f"dense.{key}": value for key, value in sharded.optimizers.state().items()}
     writer = FileSystemWriter(path, sync_files=True)
@@ -84,7 +85,7 @@ def save(
     mine = {f.name: _entry(f) for f in sorted(path.iterdir()) if _belongs_to(f.name, workers.rank)}
     entries: dict[str, FileEntry] = {}
     for theirs in workers.gather(mine):
-        entries |= theirs  # type: ignore[operator]
+        entries |= theirs
     placed = {"files": entries, "plan": sharded.plan(), "workers": workers.size}
     manifest = Manifest.parse({**manifest.model_dump(), **placed})
     if workers.rank == 0:
@@ -114,10 +115,10 @@ def load_for_inference(path: Path | str, schema: Schema | None = None) -> tuple[
     if schema is not None:
         refuse_other_schema(manifest, schema)
     catalogue = _empty_like_saved(Path(path), "catalogue.")
+    _read(Path(path), catalogue)
     module = model_module(manifest.model["name"])
     cfg = module.Config.parse(manifest.model)
-    _read(Path(path), catalogue)
-    inputs = module.Model.inputs(manifest.data_schema, cfg)
+    inputs = model_schema(cfg, manifest.data_schema, manifest.label)
     model: nn.Module = module.Model(cfg, inputs, Catalogue(catalogue["catalogue.positives"]))
     loss = materialise(Loss(model), manifest.seed)
     _read(Path(path), {f"weights.{name}": weight for name, weight in loss.state_dict().items()})

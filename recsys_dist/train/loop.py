@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from recsys_dist.errors import NonFiniteLossError
 from recsys_dist.schema import Schema
 from recsys_dist.train.optim import Optimizers
 
+T = TypeVar("T")
 _NAMED_ROWS = 5  # rows that a NonFiniteLossError names
 
 
@@ -45,18 +47,22 @@ class Workers:
 
         return wait
 
-    def gather(self, value: object) -> list[object]:
-        """`value` of every worker, on every worker. Collective; slow: for rare and small things."""
-        gathered: list[object] = [value] * self.size
+    def gather(self, value: T) -> list[T]:
+        """`value` of every worker, on every worker. Collective; pickles: for what is rare."""
+        gathered = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(gathered, value)
         return gathered
+
+    def agree(self, value: T) -> T:
+        """Rank 0's `value`, on every worker. Collective."""
+        return self.gather(value)[0]
 
 
 class Loss(nn.Module):
     """A model's loss as a forward pass, the form in which it can be sharded."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
@@ -165,8 +171,8 @@ class Epoch:
         real = step.row_id >= 0
         bad = step.row_id[real & ~step.losses.isfinite()].tolist()
         found = self.workers.gather((bad, int(real.sum())))
-        rows = [row for mine, _ in found for row in mine]  # type: ignore[attr-defined]
-        of = sum(count for _, count in found)  # type: ignore[misc]
+        rows = [row for mine, _ in found for row in mine]
+        of = sum(count for _, count in found)
         where = f"the loss of step {step.number} is not finite in {len(rows)} of its {of} rows"
         if len(rows) == of:
             return f"{where}: the weights diverged before; lower the learning rates or set dense.clip_norm"

@@ -97,10 +97,10 @@ class Optimizers:
         self.tables = {n: p for n, p in stepped.items() if n in rules}
         self._clip_norm = cfg.clip_norm
         adam = torch.optim.AdamW if cfg.weight_decay else torch.optim.Adam
-        decay = {"weight_decay": cfg.weight_decay} if cfg.weight_decay else {}
         self._optimizers: list[torch.optim.Optimizer] = []
         if self.dense:
-            self._optimizers.append(adam(list(self.dense.values()), lr=cfg.lr, fused=True, **decay))
+            dense = list(self.dense.values())
+            self._optimizers.append(adam(dense, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True))
         for name, weight in self.tables.items():
             self._optimizers.append(RULES[rules[name].rule]([weight], **rules[name].kwargs()))
 

@@ -26,8 +26,8 @@ from torchrec.distributed.types import ShardingPlan
 from recsys_dist.config import Config, nearest, rng_for
 from recsys_dist.errors import ConfigError
 from recsys_dist.train.optim import (
-    Optimizers,
     OptimizerConfig,
+    Optimizers,
     TableOptimizer,
     accumulators_of,
     attach,
@@ -41,7 +41,7 @@ _COLUMNS = 4  # narrowest column-wise shard, FBGEMM's vector width
 
 
 class ShardingConfig(Config):
-    """`kind` pins every table, `tables` single ones by name; what is not pinned, TorchRec's planner places."""
+    """`kind` pins every table, `tables` single ones by name; TorchRec's planner places the others."""
 
     kind: Kind | Literal["auto"] = "auto"
     tables: dict[str, Kind] = Field(default_factory=dict)
@@ -60,6 +60,10 @@ class ShardedModel:
         self.model = model
         self.optimizers = optimizers
         self._rules = rules
+
+    def inner(self) -> Any:
+        """The model as it was before `Loss` wrapped it; its lookups are collective."""
+        return self.model.module.model
 
     def weights(self) -> dict[str, Any]:
         """Parameter name -> Tensor or ShardedTensor, views of the live weights."""
@@ -197,7 +201,6 @@ def _plan(
 ) -> ShardingPlan:
     group = dist.group.WORLD
     assert group is not None, "shard() needs torch.distributed; materialise() is the single-process twin"
-    # TorchRec's own helper asks LOCAL_WORLD_SIZE, which Ray Train sets; all workers are one host's without it.
     topology = Topology(world_size=group.size(), compute_device=device)
     planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints, stats=[])
     return planner.collective_plan(model, sharders, group)

@@ -8,6 +8,7 @@ import torch
 import recsys_dist.train.checkpoint as checkpoints
 from recsys_dist.errors import CheckpointError
 from recsys_dist.models.protocol import Catalogue
+from recsys_dist.train import settings
 from recsys_dist.train.checkpoint import Manifest, latest_valid, load_for_inference, retain, verify
 from recsys_dist.train.loop import Epoch, Workers, idle_batch
 from recsys_dist.train.sharding import ShardingConfig, shard
@@ -119,7 +120,8 @@ def root(saved, tmp_path) -> Path:
 
 @pytest.mark.ranks
 def test_inference_needs_one_process(saved, monkeypatch):
-    monkeypatch.setattr(checkpoints, "model_module", lambda _: tiny)
+    for module in (checkpoints, settings):
+        monkeypatch.setattr(module, "model_module", lambda _: tiny)
     path = max(saved[0].iterdir())
     model, found = load_for_inference(path, tiny.schema())
     assert (found.epoch, found.metrics) == (2, {"auc": 0.7})
@@ -163,7 +165,8 @@ def test_retain_keeps_what_it_is_told_to(root):
 
 @pytest.mark.ranks
 def test_another_schema_is_refused_by_its_difference(root, monkeypatch):
-    monkeypatch.setattr(checkpoints, "model_module", lambda _: tiny)
+    for module in (checkpoints, settings):
+        monkeypatch.setattr(module, "model_module", lambda _: tiny)
     grown = tiny.schema().fitted({"user": 50, "item": 41})
     with pytest.raises(CheckpointError, match=r"'item' changed: rows 40 -> 41.*'history' changed"):
         load_for_inference(max(root.iterdir()), grown)

@@ -1,0 +1,54 @@
+"""Named runs: what `python -m jobs.train NAME` starts from. A new recipe is one more entry."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from jobs.command import settings_help
+from recsys_dist.config import load_yaml, nearest
+from recsys_dist.errors import ConfigError
+from recsys_dist.train.settings import TrainConfig
+
+_PREPARED = "runs/data"  # where jobs.prepare's examples write
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "wide_deep": {"model": {"name": "wide_deep"}},
+    "youtubednn": {"model": {"name": "youtubednn"}},
+}
+
+HELP = """Trains a model on prepared data, on any number of workers.
+
+examples:
+  python -m jobs.train wide_deep data=runs/data
+  python -m jobs.train wide_deep data=runs/data num_workers=2 model.hidden=[512,256] optimizer.deep.lr=0.1
+  python -m jobs.train youtubednn data=runs/data --out runs/recall
+  python -m jobs.train --config runs/train/ranking-wide_deep-…/config.yaml seed=1
+
+The same command again goes on from the newest checkpoint, also with another number of workers, and
+returns at once when the run is finished."""
+
+
+def named(name: str, values: Mapping[str, Any] | None = None) -> TrainConfig:
+    """The recipe of that name, with top-level `values` set; ConfigError names the nearest known one."""
+    if name not in RECIPES:
+        raise ConfigError(f"recipe {name!r} does not exist{nearest(name, list(RECIPES))}")
+    return TrainConfig.parse({"data": _PREPARED, **RECIPES[name], **(values or {})})
+
+
+def parse(argv: list[str]) -> tuple[TrainConfig, str]:
+    """The configuration and the output directory; ConfigError for a wrong setting."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.train",
+        description=HELP,
+        epilog=f"recipes: {', '.join(RECIPES)}\n\n{settings_help(TrainConfig)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("words", nargs="*", metavar="RECIPE key=value", help="a recipe, dotted settings")
+    parser.add_argument("--config", help="YAML file with settings, such as a former run's config.yaml")
+    parser.add_argument("--out", default="runs/train", help="directory for runs (default: %(default)s)")
+    args = parser.parse_intermixed_args(argv)  # settings may follow options
+    names = [word for word in args.words if "=" not in word]
+    if len(names) + bool(args.config) != 1:
+        raise ConfigError(f"name one recipe ({', '.join(RECIPES)}) or a file with --config; see --help")
+    cfg = TrainConfig.parse(load_yaml(args.config)) if args.config else named(names[0])
+    return cfg.override([word for word in args.words if "=" in word]), args.out

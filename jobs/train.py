@@ -1,0 +1,34 @@
+"""Trains a model: `python -m jobs.train wide_deep data=runs/data`; more with --help."""
+
+import sys
+
+from jobs import recipes
+from jobs.command import reported
+from recsys_dist.train import trainer
+from recsys_dist.train.settings import TrainConfig
+
+
+def summary(result: trainer.FitResult, cfg: TrainConfig) -> str:
+    """What was trained, for people."""
+    metric = cfg.chosen_metric
+    epochs = "\n".join(
+        f"  epoch {entry['epoch']}: loss {entry['loss']:.4f}, {metric} {entry[metric]:.4f}"
+        for entry in result.history
+    )
+    refit = ", then trained anew with the validation days" if cfg.refit else ""
+    return (
+        f"{cfg.model.name}, validated after each epoch:\n{epochs}\n"
+        f"epoch {result.chosen_epoch} was best{refit}; "
+        f"{result.rows_per_s:,.0f} rows/s with {cfg.num_workers} worker(s)\n"
+        f"checkpoint: {result.checkpoint}"
+    )
+
+
+def main(argv: list[str]) -> None:
+    cfg, out = recipes.parse(argv)
+    result = trainer.fit(cfg, out)
+    print(summary(result, cfg))
+
+
+if __name__ == "__main__":
+    sys.exit(reported(main, sys.argv[1:]))

@@ -1,0 +1,85 @@
+"""What a run has to tell while it trains: a file of JSON lines that rank 0 writes and the driver reads.
+
+A file survives every kill. A restarted run drops the lines of the epochs that it repeats.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from recsys_dist.train.checkpoint import write_synced
+from recsys_dist.train.loop import Totals
+
+PROGRESS = "progress.jsonl"
+_POINTS = 50  # of a learning curve, per epoch
+
+
+class Progress:
+    """Appends to a run's progress file; does nothing on workers other than rank 0."""
+
+    def __init__(self, run: Path, enabled: bool) -> None:
+        self._file = run / PROGRESS
+        self._enabled = enabled
+
+    def resume(self, phase: str, epochs: int) -> None:
+        """Forget what was told of a phase's epochs after the first `epochs`."""
+        if self._enabled and self._file.exists():
+            lines = [line for line, _ in read(self._file)]
+            kept = [line for line in lines if line["phase"] != phase or line["epoch"] <= epochs]
+            write_synced(self._file, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def epoch(self, phase: str, of: int, entry: dict[str, Any]) -> None:
+        """An epoch is trained, validated and committed."""
+        self._append({"kind": "epoch", "phase": phase, "epochs": of, **entry})
+
+    def curve(
+        self, phase: str, epoch: int, of: int, step: int, expected_rows: int
+    ) -> Callable[[Totals], None]:
+        """A listener for `Epoch.on_step` that tells the mean loss since its last point, about 50 times."""
+        began = time.perf_counter()
+        told = Totals()
+
+        def on_step(now: Totals) -> None:
+            nonlocal told
+            if now.rows - told.rows < expected_rows / _POINTS and now.rows < expected_rows:
+                return
+            weight = now.weight - told.weight
+            self._append(
+                {
+                    "kind": "curve",
+                    "phase": phase,
+                    "epoch": epoch,
+                    "epochs": of,
+                    "step": step + now.steps,
+                    "rows": now.rows,
+                    "of_rows": expected_rows,
+                    "loss": (now.loss_sum - told.loss_sum) / weight if weight else 0.0,
+                    "rows_per_s": now.rows / (time.perf_counter() - began),
+                }
+            )
+            told = Totals(now.steps, now.rows, now.weight, now.loss_sum)
+
+        return on_step
+
+    def _append(self, line: dict[str, Any]) -> None:
+        if self._enabled:
+            with self._file.open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+
+
+def read(file: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+    """(line, offset after it) of each whole line from `offset` on; one still being written is left for later.
+
+    A file shorter than `offset` was cut by a restarted run: it is read from the start again.
+    """
+    if not file.exists():
+        return
+    with file.open("rb") as stream:
+        offset = offset if offset <= file.stat().st_size else 0
+        stream.seek(offset)
+        for line in stream:
+            if line.endswith(b"\n"):
+                offset += len(line)
+                yield json.loads(line), offset

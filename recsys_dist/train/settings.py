@@ -1,0 +1,114 @@
+"""What one training run is: a frozen config, checked as a whole before anything starts."""
+
+from typing import Any, Literal
+
+from pydantic import Field, SerializeAsAny, field_validator
+
+from recsys_dist.config import Config, digest
+from recsys_dist.data.prepared import Prepared
+from recsys_dist.errors import ConfigError
+from recsys_dist.models.protocol import ModelConfig, Task, model_module
+from recsys_dist.schema import Schema
+from recsys_dist.train.optim import OptimizerConfig
+from recsys_dist.train.sharding import ShardingConfig
+
+# Metrics to choose an epoch by, and whether more is better.
+METRICS: dict[str, bool] = {"auc": True, "gauc": True, "logloss": False, "recall@100": True, "ndcg@100": True}
+TASK_METRICS: dict[Task, tuple[str, ...]] = {
+    "ranking": ("auc", "gauc", "logloss"),
+    "recall": ("recall@100", "ndcg@100"),
+}
+
+# What may change between two starts of one run: where and how it computes, not what.
+_NOT_IDENTITY = (
+    "data",
+    "num_workers",
+    "threads_per_worker",
+    "use_gpu",
+    "sharding",
+    "timeout_s",
+    "max_failures",
+)
+
+
+class TrainConfig(Config):
+    """One model trained on one prepared data set. `batch_rows` is global, whatever the number of workers."""
+
+    data: str = Field(description="directory of the prepared data")
+    model: SerializeAsAny[ModelConfig]
+    label: str | None = Field(None, description="binary label to rank by; default: the schema's")
+    seed: int = 0
+    batch_rows: int = Field(4096, ge=1, description="rows of a global batch, over all workers")
+    epochs: int = Field(5, ge=1, description="at most; the best one on the validation days is kept")
+    patience: int = Field(1, ge=1, description="epochs without a better metric before stopping")
+    metric: Literal["auc", "gauc", "logloss", "recall@100", "ndcg@100"] | None = Field(
+        None, description="chooses the epoch; default: auc for ranking, recall@100 for recall"
+    )
+    refit: bool = Field(True, description="train anew on train + validation days for the chosen epochs")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    sharding: ShardingConfig = ShardingConfig()
+    num_workers: int = Field(1, ge=1)
+    threads_per_worker: int = Field(1, ge=1, description="CPU threads, and CPUs reserved, of each worker")
+    use_gpu: bool = False
+    timeout_s: int = Field(60, ge=1, description="a collective that takes longer is a lost worker")
+    max_failures: int = Field(3, ge=0, description="restarts from the newest checkpoint after lost workers")
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if "name" not in value:
+            raise ValueError("a model needs its name, as in model.name=wide_deep")
+        return model_module(value["name"]).Config.parse(value)
+
+    @property
+    def task(self) -> Task:
+        return model_module(self.model.name).Model.task
+
+    @property
+    def chosen_metric(self) -> str:
+        """The metric that chooses the epoch; ConfigError where it is not one of the model's task."""
+        known = TASK_METRICS[self.task]
+        metric = self.metric or known[0]
+        if metric not in known:
+            raise ConfigError(
+                f"metric {metric!r} is not one of a {self.task} model; take {' or '.join(known)}"
+            )
+        return metric
+
+    @property
+    def rows_per_worker(self) -> int:
+        return exact_div(self.batch_rows, self.num_workers, "batch_rows", "num_workers")
+
+    def run_digest(self, data_digest: str) -> str:
+        """Identity of the run: the same again, on the same data, is the same run, to be continued."""
+        values = self.model_dump(mode="json")
+        return digest([data_digest, {k: v for k, v in values.items() if k not in _NOT_IDENTITY}])
+
+    def inputs(self, prepared: Prepared) -> Schema:
+        """What the model reads of the prepared data, with the label to learn; ConfigError where it cannot."""
+        return model_schema(self.model, prepared.schema, self.label)
+
+    def check(self, prepared: Prepared) -> None:
+        """ConfigError for settings that do not go together or do not fit the data."""
+        _ = self.chosen_metric, self.rows_per_worker, self.inputs(prepared)
+        if self.task == "recall" and self.label is not None:
+            raise ConfigError(
+                "label is for ranking models; recall learns the schema's recall_positive events"
+            )
+
+
+def model_schema(model: ModelConfig, schema: Schema, label: str | None) -> Schema:
+    """The inputs of a model, with `label` (default: the schema's) as the one to rank by."""
+    labelled = Schema.parse({**schema.model_dump(), "ranking_label": label or schema.ranking_label})
+    return model_module(model.name).Model.inputs(labelled, model)
+
+
+def exact_div(dividend: int, divisor: int, name: str, by: str) -> int:
+    """`dividend / divisor`, which must come out even; else ConfigError naming the nearest that does."""
+    quotient, remainder = divmod(dividend, divisor)
+    if remainder:
+        nearest = max(1, round(dividend / divisor)) * divisor
+        raise ConfigError(f"{name}={dividend} is not divisible by {by}={divisor}; nearest is {nearest}")
+    return quotient

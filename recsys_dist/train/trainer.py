@@ -1,0 +1,161 @@
+"""The driver of a training run: a TorchTrainer, its progress, and how it goes on after any interruption."""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer
+from tqdm import tqdm
+
+from recsys_dist import errors, session
+from recsys_dist.data.prepared import Prepared
+from recsys_dist.errors import ConfigError, RecsysError, TrainError
+from recsys_dist.train.checkpoint import write_synced
+from recsys_dist.train.progress import PROGRESS, read
+from recsys_dist.train.settings import TrainConfig
+from recsys_dist.train.worker import FAILURE, RESULT, train_worker
+
+OnReport = Callable[[dict[str, Any]], None]
+_POLL_S = 0.3
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A finished run. `history` has an entry per epoch of choosing: loss, rows, seconds, metrics.
+
+    seconds     of training, over all epochs of both phases, without validation
+    rows_per_s  trained rows a second, over all workers
+    """
+
+    run: Path
+    checkpoint: Path
+    chosen_epoch: int
+    history: list[dict[str, Any]]
+    seconds: float
+    rows_per_s: float
+
+
+def fit(cfg: TrainConfig, out: str | Path, on_report: OnReport | None = None) -> FitResult:
+    """Train, in a directory below `out` that is named after the configuration and the data.
+
+    A run that was interrupted goes on; one that is finished returns at once. `on_report` is called in a
+    thread of this process with each line of progress (see `train.progress`), with all lines so far when a
+    run goes on. Raises ConfigError before anything starts, TrainError when training cannot go on.
+    """
+    prepared = Prepared.open(cfg.data)
+    cfg.check(prepared)
+    run = run_directory(cfg, prepared, out)
+    if not (run / RESULT).exists():
+        session.connect()
+        _check_cluster(cfg)
+        write_synced(run / "config.yaml", cfg.to_yaml())
+        (run / FAILURE).unlink(missing_ok=True)
+        with _reports(run / PROGRESS, on_report):
+            _train(cfg, run)
+    found = json.loads((run / RESULT).read_text())
+    return FitResult(run=run, **{**found, "checkpoint": run / found["checkpoint"]})
+
+
+def run_directory(cfg: TrainConfig, prepared: Prepared, out: str | Path) -> Path:
+    """Where the run of this configuration on this data lives, below `out`."""
+    name = f"{cfg.task}-{cfg.model.name}-{cfg.run_digest(prepared.manifest.data_digest)}"
+    return Path(out).absolute() / name
+
+
+def _train(cfg: TrainConfig, run: Path) -> None:
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # notices a lost worker sooner
+    scratch = run / "ray"  # Ray Train's own files, of no use afterwards: we resume from our checkpoints
+    values = {**cfg.model_dump(mode="json"), "data": str(Path(cfg.data).absolute())}
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"config": values, "run": str(run)},
+        scaling_config=ScalingConfig(
+            num_workers=cfg.num_workers,
+            use_gpu=cfg.use_gpu,
+            resources_per_worker={"CPU": cfg.threads_per_worker, **({"GPU": 1} if cfg.use_gpu else {})},
+        ),
+        torch_config=TorchConfig(timeout_s=cfg.timeout_s),
+        run_config=RunConfig(
+            name=uuid.uuid4().hex[:8],  # a fresh one: a broken snapshot of Ray's must not stop a run
+            storage_path=str(scratch),
+            failure_config=FailureConfig(
+                max_failures=cfg.max_failures,
+                controller_failure_limit=cfg.max_failures,  # type: ignore[call-arg]
+            ),
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise _explained(error, run, cfg) from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if (run / FAILURE).exists():
+        raise _explained(None, run, cfg)
+
+
+def _explained(error: TrainingFailedError | None, run: Path, cfg: TrainConfig) -> RecsysError:
+    """What a worker wrote down before it gave up; else that workers were lost too often."""
+    if (run / FAILURE).exists():
+        found = json.loads((run / FAILURE).read_text())
+        kind: type[RecsysError] = getattr(errors, found["kind"])
+        return kind(found["message"])
+    return TrainError(
+        f"training failed more often than max_failures={cfg.max_failures} allows; what is committed in "
+        f"{str(run)!r} is kept, and the same command goes on from there. The last failure: {error}"
+    )
+
+
+def _check_cluster(cfg: TrainConfig) -> None:
+    """ConfigError where the workers could never all be placed: Ray would wait for ever."""
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    asked = {"CPU": cfg.num_workers * cfg.threads_per_worker, "GPU": cfg.num_workers if cfg.use_gpu else 0}
+    for kind, wanted in asked.items():
+        if wanted > resources.get(kind, 0):
+            raise ConfigError(
+                f"num_workers={cfg.num_workers} with threads_per_worker={cfg.threads_per_worker} need "
+                f"{wanted} {kind}s and the cluster has {resources.get(kind, 0):g}; take fewer workers"
+            )
+
+
+@contextlib.contextmanager
+def _reports(file: Path, on_report: OnReport | None) -> Iterator[None]:
+    """Follow the progress file until the block ends: a bar on a terminal, and `on_report`."""
+    done = threading.Event()
+    thread = threading.Thread(target=_follow, args=(file, on_report, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _follow(file: Path, on_report: OnReport | None, done: threading.Event) -> None:
+    offset, last = 0, False
+    with tqdm(unit="row", unit_scale=True, leave=False, disable=not sys.stderr.isatty()) as bar:
+        while not last:
+            last = done.wait(_POLL_S)  # one more look after the end
+            for line, after in read(file, offset):
+                offset = after
+                if on_report is not None:
+                    on_report(line)
+                if line["kind"] == "curve":
+                    bar.set_description(
+                        f"{line['phase']} epoch {line['epoch']}/{line['epochs']}", refresh=False
+                    )
+                    bar.total = line["of_rows"]
+                    bar.set_postfix_str(f"loss {line['loss']:.4f}", refresh=False)
+                    bar.update(line["rows"] - bar.n)

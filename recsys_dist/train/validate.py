@@ -1,0 +1,92 @@
+"""Scoring of held-out rows by models whole or sharded: what validation and evaluation share.
+
+B rows, U users, I rows of the item table, K length of the lists
+"""
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from recsys_dist.batch import Batch
+from recsys_dist.data.collate import collate
+from recsys_dist.metrics import RankingState, RetrievalState
+from recsys_dist.models.protocol import RankModel, RecallModel
+from recsys_dist.schema import Schema
+
+RECALL_AT = 100  # length of the lists that choose an epoch of a recall model
+
+
+def padded(table: pa.Table | None, schema: Schema, idle: Batch) -> Batch:
+    """The rows of a table, padded to as many as `idle` has; `idle` itself for no table."""
+    return idle if table is None else collate(_with_item_columns(table, schema), schema).pad(idle.rows)
+
+
+@torch.no_grad()
+def score_rows(model: RankModel, table: pa.Table | None, schema: Schema, idle: Batch) -> RankingState | None:
+    """Logits of the table's rows beside their labels and users; on sharded tables all workers call it."""
+    logits = model.forward(padded(table, schema, idle))
+    if table is None:
+        return None
+    return RankingState(
+        scores=logits[: len(table)].numpy(),
+        labels=table[schema.ranking_label].to_numpy(),
+        users=user_keys(table["user_id"]),
+    )
+
+
+@torch.no_grad()
+def item_vectors(model: RecallModel) -> torch.Tensor:
+    """[I, D]; on sharded tables all workers call it, and all get it whole."""
+    return model.item_vectors()
+
+
+@torch.no_grad()
+def recall_users(
+    model: RecallModel, item_ID: torch.Tensor, table: pa.Table | None, schema: Schema, idle: Batch
+) -> RetrievalState | None:
+    """Lists of the table's users against their `truth`, with `seen` items masked; all workers call it."""
+    user_BD = model.forward(padded(table, schema, idle))
+    if table is None:
+        return None
+    top_UK = top_items(user_BD[: len(table)], item_ID, _lists(table, "seen"), RECALL_AT)
+    offsets, items = _lists(table, "truth")
+    return RetrievalState.of(top_UK, offsets, items, len(item_ID))
+
+
+def top_items(
+    user_UD: torch.Tensor, item_ID: torch.Tensor, seen: tuple[np.ndarray, np.ndarray], k: int
+) -> np.ndarray:
+    """[U, k] rows of the best items by inner product, best first; seen and unknown (row 0) ones left out.
+
+    `seen` is (offsets [U + 1], items): user u's are items[offsets[u]:offsets[u + 1]]. Where fewer than
+    k items are left, the list ends in zeros.
+    """
+    offsets, items = seen
+    score_UI = user_UD @ item_ID.T
+    score_UI[:, 0] = -torch.inf
+    of_user = np.repeat(np.arange(len(user_UD)), np.diff(offsets))
+    score_UI[torch.from_numpy(of_user), torch.from_numpy(items.astype(np.int64))] = -torch.inf
+    best = torch.topk(score_UI, min(k, len(item_ID) - 1), dim=1)
+    top = torch.where(best.values == -torch.inf, 0, best.indices).numpy()
+    return np.pad(top, ((0, 0), (0, k - top.shape[1])))
+
+
+def user_keys(users: pa.ChunkedArray) -> np.ndarray:
+    """[N] fixed-width bytes of string ids: sortable, mergeable between workers, no Python objects."""
+    encoded = users.combine_chunks().dictionary_encode()
+    values = np.asarray(encoded.dictionary.to_pylist(), dtype=np.bytes_)
+    return values[encoded.indices.to_numpy()]
+
+
+def _lists(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
+    column = table[name].combine_chunks()
+    offsets = column.offsets.to_numpy()
+    return offsets - offsets[0], column.flatten().to_numpy()
+
+
+def _with_item_columns(table: pa.Table, schema: Schema) -> pa.Table:
+    """Rows of users lack the item's own features, which a user tower does not read: unknown items."""
+    for feature in schema.singles:
+        if feature.name not in table.column_names:
+            table = table.append_column(feature.name, pa.array(np.zeros(len(table), np.int32)))
+    return table

@@ -1,0 +1,239 @@
+"""What each Ray Train worker runs: build, shard, restore, train epoch by epoch, validate, checkpoint.
+
+A run has two phases: `choose` trains on the training days until the validation metric stops improving;
+`refit` trains anew on training and validation days for the epochs that were best. Each phase goes on
+from its newest whole checkpoint. All workers take every decision alike, from what rank 0 gave them.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import torch
+import torch.distributed as dist
+
+from recsys_dist.config import rng_for
+from recsys_dist.data.collate import collate, columns
+from recsys_dist.data.feed import Feed, Piece, deal, shuffled
+from recsys_dist.data.prepared import Prepared
+from recsys_dist.errors import NonFiniteLossError, RecsysError
+from recsys_dist.models.protocol import Catalogue, model_module
+from recsys_dist.train import checkpoint as checkpoints
+from recsys_dist.train.checkpoint import Checkpoint, Manifest
+from recsys_dist.train.loop import Epoch, Loss, Totals, Workers, idle_batch
+from recsys_dist.train.progress import Progress
+from recsys_dist.train.settings import METRICS, TrainConfig
+from recsys_dist.train.sharding import ShardedModel, shard
+from recsys_dist.train.validate import RECALL_AT, item_vectors, recall_users, score_rows
+
+RESULT = "result.json"
+FAILURE = "failure.json"  # why training cannot go on: written by a worker, read by the driver
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Splits to train on, a split to validate on or None, and how many epochs at most."""
+
+    name: str
+    train: tuple[str, ...]
+    valid: str | None
+    epochs: int
+
+
+def train_worker(values: dict[str, Any]) -> None:
+    """Entry point: `values` are {"config", "run"}, a TrainConfig's fields and the run's directory."""
+    cfg, run = TrainConfig.parse(values["config"]), Path(values["run"])
+    if (run / FAILURE).exists():
+        return  # Ray Train started the workers again; this is not a failure that trying again mends
+    torch.set_num_threads(cfg.threads_per_worker)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        Run(cfg, run).all_phases()
+    except RecsysError as error:
+        text = json.dumps({"kind": type(error).__name__, "message": str(error)})
+        checkpoints.write_synced(run / FAILURE, text)
+        raise
+
+
+def best_epoch(history: list[dict[str, Any]], metric: str) -> int:
+    """Number (from 1) of the first epoch that no other beats."""
+    values = np.array([entry[metric] for entry in history])
+    return int(np.nanargmax(values if METRICS[metric] else -values)) + 1
+
+
+class Run:
+    """One training run, as seen by one worker."""
+
+    def __init__(self, cfg: TrainConfig, path: Path) -> None:
+        self.cfg = cfg
+        self.path = path
+        self.workers = Workers()
+        self.prepared = Prepared.open(cfg.data)
+        self.schema = cfg.inputs(self.prepared)
+        self.idle = idle_batch(self.schema, cfg.rows_per_worker)
+        self.progress = Progress(path, enabled=self.workers.rank == 0)
+
+    def all_phases(self) -> None:
+        """Choose the number of epochs, refit if asked to, and write down the result."""
+        train, valid = f"{self.cfg.task}/train", f"{self.cfg.task}/valid"
+        held_out = "ranking/valid" if self.cfg.task == "ranking" else "users/valid"
+        chosen = self.run(Phase("choose", (train,), held_out, self.cfg.epochs))
+        history = chosen.manifest.history
+        epoch = best_epoch(history, self.cfg.chosen_metric)
+        trained = list(history)
+        if self.cfg.refit:
+            refit = self.run(Phase("refit", (train, valid), None, epoch))
+            final, trained = refit.path, [*history, *refit.manifest.history]
+        else:
+            final = next((self.path / "choose").glob(f"epoch-{epoch:04d}-*"))
+        if self.workers.rank == 0:
+            seconds = sum(entry["seconds"] for entry in trained)
+            result = {
+                "checkpoint": str(final.relative_to(self.path)),
+                "chosen_epoch": epoch,
+                "history": history,
+                "seconds": seconds,
+                "rows_per_s": sum(entry["rows"] for entry in trained) / seconds,
+            }
+            checkpoints.write_synced(self.path / RESULT, json.dumps(result))
+        self.workers.gather(None)
+
+    def run(self, phase: Phase) -> Checkpoint:
+        """Train a phase to its end, from wherever it is; returns its last checkpoint. Collective."""
+        newest = self.workers.agree(checkpoints.latest_valid(self.path / phase.name))
+        done = newest.manifest.epoch if newest else 0
+        if newest is not None and self._finished(phase, newest.manifest.history):
+            return newest
+        self.progress.resume(phase.name, done)
+        catalogue = self._catalogue(phase)
+        sharded = self._build(catalogue)
+        if newest is not None:
+            checkpoints.load(newest, sharded)
+        manifest = newest.manifest if newest else self._manifest(phase)
+        train, valid = self._pieces(phase)
+        epochs = {e: shuffled(train, self.cfg.seed, e) for e in range(done + 1, phase.epochs + 1)}
+        feed = Feed([piece for order in epochs.values() for piece in (*order, *valid)])
+        committed = newest
+        while committed is None or not self._finished(phase, committed.manifest.history):
+            epoch = manifest.epoch + 1
+            totals = self._train(phase, feed, epochs[epoch], sharded, manifest)
+            metrics = self._validate(phase, feed, valid, sharded)
+            entry = {"epoch": epoch, "loss": totals.loss, "rows": totals.rows, "seconds": totals.seconds}
+            manifest = Manifest.parse(
+                {
+                    **manifest.model_dump(),
+                    "epoch": epoch,
+                    "step": manifest.step + totals.steps,
+                    "history": [*manifest.history, {**entry, "loader_s": totals.loader_s, **metrics}],
+                }
+            )
+            committed = self._commit(phase, sharded, catalogue, manifest)
+        feed.close()
+        return committed
+
+    def _finished(self, phase: Phase, history: list[dict[str, Any]]) -> bool:
+        if len(history) >= phase.epochs:
+            return True
+        if phase.valid is None:
+            return False
+        return len(history) - best_epoch(history, self.cfg.chosen_metric) >= self.cfg.patience
+
+    def _catalogue(self, phase: Phase) -> Catalogue:
+        items = self.prepared.items
+        rows = self.prepared.schema.item_id.rows
+        assert rows is not None, "prepared data holds a fitted schema"
+        positives = np.zeros(rows, np.int64)
+        for split in ("train", "valid") if phase.valid is None else ("train",):
+            positives[items["row"].to_numpy()] += items[f"{split}_positives"].to_numpy()
+        return Catalogue(torch.from_numpy(positives))
+
+    def _build(self, catalogue: Catalogue) -> ShardedModel:
+        torch.manual_seed(self.cfg.seed)
+        model = model_module(self.cfg.model.name).Model(self.cfg.model, self.schema, catalogue)
+        loss = Loss(model)
+        groups = model.table_groups()
+        return shard(loss, groups, self.cfg.optimizer, self.cfg.sharding, self.cfg.seed)
+
+    def _manifest(self, phase: Phase) -> Manifest:
+        prepared = self.prepared.manifest
+        return Manifest(
+            model=self.cfg.model.model_dump(mode="json"),
+            label=self.cfg.label,
+            data_schema=self.prepared.schema,
+            vocabulary_digest=prepared.vocabulary_digest,
+            data_digest=prepared.data_digest,
+            seed=self.cfg.seed,
+            phase=phase.name,
+            epoch=0,
+            step=0,
+            history=[],
+        )
+
+    def _pieces(self, phase: Phase) -> tuple[list[Piece], list[Piece]]:
+        """This worker's share of the training rows, and of the validation rows."""
+        names = [*columns(self.schema), "weight"]
+        files = [file for split in phase.train for file in self._files(split)]
+        train = deal(files, names, self.workers.size)[self.workers.rank]
+        held_out = self._files(phase.valid) if phase.valid else []
+        names += ["user_id", "truth", "seen"]
+        return train, deal(held_out, names, self.workers.size)[self.workers.rank]
+
+    def _files(self, split: str) -> list[tuple[str, int]]:
+        return list(zip(self.prepared.files(split), self.prepared.shards(split).rows, strict=True))
+
+    def _train(
+        self, phase: Phase, feed: Feed, order: list[Piece], sharded: ShardedModel, manifest: Manifest
+    ) -> Totals:
+        number = manifest.epoch + 1
+        # Dropout draws anew from here, so that a resumed epoch is the uninterrupted one's.
+        key = (self.cfg.seed, "dropout", phase.name, number, self.workers.rank)
+        torch.manual_seed(int(rng_for(*key).integers(2**63)))
+        expected = sum(self.prepared.shards(split).total_rows for split in phase.train)
+        curve = self.progress.curve(phase.name, number, phase.epochs, manifest.step, expected)
+        epoch = Epoch(sharded.model, sharded.optimizers, self.idle, self.workers, on_step=curve)
+        batches = (collate(table, self.schema) for table in feed.take(order, self.idle.rows))
+        try:
+            return epoch.run(batches, manifest.step)
+        except NonFiniteLossError as error:
+            shards = " and ".join(f"{self.prepared.path / split}/part-*.parquet" for split in phase.train)
+            raise NonFiniteLossError(f"{error} (shards are {shards})") from None
+
+    def _validate(
+        self, phase: Phase, feed: Feed, pieces: list[Piece], sharded: ShardedModel
+    ) -> dict[str, float]:
+        """Exact metrics over all workers' rows, alike on all of them. Collective."""
+        if phase.valid is None:
+            return {}
+        model = sharded.inner().eval()
+        tables = feed.take(pieces, self.idle.rows)
+        steps = max(self.workers.gather(-(-sum(piece.rows for piece in pieces) // self.idle.rows)))
+        batches = (next(tables, None) for _ in range(steps))  # lookups are collective: equally many for all
+        states: Sequence[Any]
+        if self.cfg.task == "ranking":
+            states = [score_rows(model, table, self.schema, self.idle) for table in batches]
+            settings: tuple[Any, ...] = ()
+        else:
+            item_ID = item_vectors(model)
+            states = [recall_users(model, item_ID, table, self.schema, self.idle) for table in batches]
+            settings = ((RECALL_AT,),)
+        scored = [s for s in states if s is not None]
+        first, *others = [s for theirs in self.workers.gather(scored) for s in theirs]
+        return self.workers.agree(first.merge(*others).compute(*settings) if self.workers.rank == 0 else {})
+
+    def _commit(
+        self, phase: Phase, sharded: ShardedModel, catalogue: Catalogue, manifest: Manifest
+    ) -> Checkpoint:
+        root = self.path / phase.name
+        saved = checkpoints.save(root, sharded, catalogue, manifest, self.workers)
+        history = saved.manifest.history
+        if self.workers.rank == 0:
+            best = best_epoch(history, self.cfg.chosen_metric) if phase.valid else manifest.epoch
+            checkpoints.retain(root, [saved.path, *root.glob(f"epoch-{best:04d}-*")])
+        self.progress.epoch(phase.name, phase.epochs, history[-1])
+        ray.train.report({"phase": phase.name, **history[-1]})
+        return saved

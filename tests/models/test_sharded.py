@@ -1,0 +1,73 @@
+"""Every model, sharded over two workers, scores and learns as it does in one process."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from recsys_dist.batch import Batch
+from recsys_dist.config import rng_for
+from recsys_dist.models.protocol import Catalogue, model_module, model_names
+from recsys_dist.schema import Schema
+from recsys_dist.train.loop import Epoch, Loss, Workers, idle_batch
+from recsys_dist.train.optim import OptimizerConfig
+from recsys_dist.train.sharding import ShardingConfig, materialise, shard, train_unsharded
+from tests.batches import random_batch, small_schema, take
+from tests.train.ranks import run_ranks
+
+SEED = 5
+KINDS = ("table_wise", "row_wise", "data_parallel")
+OPTIMIZER = OptimizerConfig.parse({"deep": {"lr": 0.1}, "wide": {"lr": 0.1}, "dense": {"lr": 0.01}})
+
+
+def inputs(name: str) -> Schema:
+    module = model_module(name)
+    return module.Model.inputs(small_schema(), module.Config())
+
+
+def build(name: str) -> Loss:
+    module = model_module(name)
+    torch.manual_seed(SEED)
+    return Loss(module.Model(module.Config(), inputs(name), Catalogue(torch.arange(40))))
+
+
+def global_batches(name: str) -> list[Batch]:
+    """Three steps of 12 rows, the last with 7: the second worker gets 6, 6 and 1."""
+    batches = [random_batch(inputs(name), 12, rng_for(step, "sharded")) for step in range(3)]
+    return [*batches[:2], take(batches[2], torch.arange(7))]
+
+
+def learned(model: Any, epoch: Epoch, batches: list[Batch], probe: Batch) -> list[np.ndarray]:
+    """Scores of `probe` before and after training on `batches`, the epoch's loss, and item vectors."""
+    before = model.eval()(probe).detach().numpy()
+    totals = epoch.run(iter(batches), 0)
+    after = model.eval()(probe).detach().numpy()
+    vectors = model.item_vectors().detach().numpy() if model.task == "recall" else np.empty(0)
+    return [before, after, np.array([totals.loss]), vectors]
+
+
+def on_rank(rank: int, name: str) -> dict[str, list[np.ndarray]]:
+    local = [take(b, torch.arange(6 * rank, min(6 * rank + 6, b.rows))) for b in global_batches(name)]
+    found = {}
+    for kind in KINDS:
+        loss = build(name)
+        sharded = shard(loss, loss.model.table_groups(), OPTIMIZER, ShardingConfig(kind=kind), SEED)
+        epoch = Epoch(sharded.model, sharded.optimizers, idle_batch(inputs(name), 6), Workers())
+        found[kind] = learned(sharded.inner(), epoch, local, global_batches(name)[0])
+    return found
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", model_names())
+def test_two_workers_learn_what_one_process_learns(name: str) -> None:
+    loss = materialise(build(name), SEED)
+    optimizers = train_unsharded(loss, loss.model.table_groups(), OPTIMIZER)
+    batches = global_batches(name)
+    epoch = Epoch(loss, optimizers, idle_batch(inputs(name), 12), Workers())
+    expected = learned(loss.model, epoch, batches, batches[0])
+    assert np.abs(expected[0] - expected[1]).max() > 1e-3  # it did learn
+    for found in run_ranks(2, on_rank, name):
+        for kind in KINDS:
+            for mine, theirs in zip(found[kind], expected, strict=True):
+                np.testing.assert_allclose(mine, theirs, atol=3e-5, err_msg=f"{name} {kind}")

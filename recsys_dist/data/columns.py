@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys_dist.errors import DataError
+from recsys_dist.errors import SourceError
 
 TimestampUnit = Literal["s", "ms", "us", "ns", "iso"]
 
@@ -36,17 +36,17 @@ class Parsed:
 
 
 def flat(column: pa.ChunkedArray | pa.Array, name: str) -> pa.Array:
-    """One contiguous array; dictionaries decoded, bytes as text. Raises DataError for nested types."""
+    """One contiguous array; dictionaries decoded, bytes as text. Raises SourceError for nested types."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     if pa.types.is_nested(array.type):
-        raise DataError(f"column {name!r} holds {array.type}; one value a row is needed")
+        raise SourceError(f"column {name!r} holds {array.type}; one value a row is needed")
     if pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type):
         try:
             return array.cast(pa.string())
         except pa.ArrowInvalid as error:
-            raise DataError(f"column {name!r} holds bytes that are not UTF-8: {error}") from None
+            raise SourceError(f"column {name!r} holds bytes that are not UTF-8: {error}") from None
     return array
 
 

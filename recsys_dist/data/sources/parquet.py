@@ -125,7 +125,8 @@ class Source:
         if ranking is None:
             raise ConfigError("columns.labels has no binary label; give one, by `at_least` if need be")
         positive = self.cfg.recall_positive or (ranking,)
-        features = self.cfg.features or tuple(_derived(self, ranking, positive))
+        taken = {label.name for label in labels}
+        features = self.cfg.features or _renamed(_derived(self, ranking, positive), taken)
         return Schema.parse(
             {
                 "features": [feature.model_dump() for feature in features],
@@ -274,12 +275,25 @@ def _derived(source: Source, ranking: str, positive: tuple[str, ...]) -> Iterato
         yield Statistic(name=f"{name}_rate", key=key, label=ranking)
 
 
+def _renamed(features: Iterable[AnyFeature], taken: set[str]) -> tuple[AnyFeature, ...]:
+    """Features whose names differ from each other and from those taken (users may have a column `id`)."""
+    result: list[AnyFeature] = []
+    for feature in features:
+        name = feature.name
+        while name in taken:
+            name += "_2"
+        taken.add(name)
+        result.append(feature.override([f"name={name}"]))
+    return tuple(result)
+
+
 def _attributes(table: Table | None, prefix: str) -> Iterator[AnyFeature]:
     """Floats and wide integers are numbers, other values categories; lists, times and titles are left out."""
     if table is None:
         return
     file = files.find(table.path, files.PARQUET + files.CSV)[0]
     types, values = files.columns_of(file.url), files.read_table(file.url)
+    files.require(file.url, [table.id], types.names)
     for name in types.names:
         kind = types.field(name).type
         if name == table.id or pa.types.is_nested(kind) or pa.types.is_temporal(kind):

@@ -55,9 +55,9 @@ class Config(SourceConfig):
 
     kind: Literal["simulate"] = "simulate"
     seed: int = 0
-    users: int = Field(5_000, ge=1)
-    items: int = Field(2_000, ge=2)
-    events: int = Field(300_000, ge=1)
+    users: int = Field(2_000, ge=1)
+    items: int = Field(1_000, ge=2)
+    events: int = Field(400_000, ge=1)
     days: int = Field(14, ge=1)
     first_day: date = date(2024, 1, 1)
     segments: int = Field(12, ge=1)
@@ -66,11 +66,11 @@ class Config(SourceConfig):
     zipf: float = Field(1.0, ge=0, description="exponent of the items' popularity")
     base: float = Field(-1.6, description="logit of a click at position 0 for a neutral taste")
     strength: float = Field(1.2, ge=0)
-    quality: float = Field(0.4, ge=0)
+    quality: float = Field(0.3, ge=0)
     position_effect: float = Field(-0.5, le=0)
-    individual: float = Field(0.15, ge=0)
-    drift: float = Field(0.1, ge=0)
-    momentum: float = Field(0.3, ge=0)
+    individual: float = Field(0.1, ge=0)
+    drift: float = Field(0.08, ge=0)
+    momentum: float = Field(0.2, ge=0)
 
 
 def recognise(given: str) -> Config | None:

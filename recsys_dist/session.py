@@ -8,10 +8,6 @@ import ray
 # Of the shared-memory store that Ray starts here; what does not fit spills to disk, so this bounds memory
 # and not the size of a log.
 OBJECT_STORE_BYTES = 1 << 30
-# Workers beyond one per core are ended after idling so long. Ray's default of 1 s ends them between the steps
-# of a job, and the next step imports everything again: preparing 20,000 events, the steps after the first
-# took 11.4 s of CPU so and 5.7 s with this (2 cores, 2026-11).
-IDLE_WORKER_MS = 20_000
 
 
 def connect() -> None:
@@ -27,7 +23,6 @@ def connect() -> None:
         address="local" if here else None,
         object_store_memory=OBJECT_STORE_BYTES if here else None,
         include_dashboard=False if here else None,
-        _system_config={"idle_worker_killing_time_threshold_ms": IDLE_WORKER_MS} if here else None,
         log_to_driver=False,
         logging_level=logging.ERROR,
     )

@@ -15,6 +15,10 @@ from recsys_dist.errors import ConfigError
 Side = Literal["user", "item", "context"]
 
 
+# Columns that prepared data has beside features and labels.
+RESERVED = frozenset({"user_id", "item_id", "timestamp", "row_id", "weight", "truth", "seen", "bayes_probability"})
+
+
 class Feature(Config):
     """A named model input. `rows` is its table's size, known once the vocabularies are fitted."""
 
@@ -85,8 +89,9 @@ class Numeric(Feature):
 class Statistic(Feature):
     """How often `key` was seen before (`label=None`: log1p, standardised) or its smoothed label rate.
 
-    `key` is a column. For `user_id` it counts every event strictly before this one; for other
-    columns it counts whole days before the event's day, and never days after training ended.
+    `key` is a column of the event or item, or `user_id`. Counted are the whole days before the event's
+    day, and never test days: within a day, and over days that no model was trained on, a user's running
+    rate tells what she has just done more than what she likes (on KuaiRand it costs .03 GAUC).
     The rate is (positives + smoothing x prior) / (events + smoothing), standardised.
     """
 
@@ -130,6 +135,9 @@ class Schema(Config):
     def _references_resolve(self) -> Self:
         names = [feature.name for feature in self.features]
         labels = [label.name for label in self.labels]
+        reserved = sorted(RESERVED & {*names, *labels})
+        if reserved:
+            raise ValueError(f"name {reserved[0]!r} is a column of the prepared data itself; choose another")
         duplicated = {name for name in names if names.count(name) > 1} | (set(names) & set(labels))
         if duplicated:
             raise ValueError(f"name {sorted(duplicated)[0]!r} is used twice among features and labels")

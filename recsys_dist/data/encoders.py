@@ -91,7 +91,7 @@ class Encoders:
             if isinstance(feature, Categorical | Bucketed | Numeric) and side(feature.column) == side(key):
                 encoded[feature.name] = self.encode(feature, _raw(entities, feature.column))
             elif (
-                isinstance(feature, Statistic) and side(feature.key) == side(key) and feature.key != "user_id"
+                isinstance(feature, Statistic) and side(feature.key) == side(key)
             ):
                 keys = self.statistics[feature.name].keys
                 encoded[feature.name] = keys.lookup(_raw(entities, feature.key))
@@ -203,9 +203,6 @@ def _counted(
 
 def _fit_statistics(feature: Statistic, counts: Counts, items: Entities) -> Statistics:
     prior = counts.prior(feature.label) if feature.label else 0.0
-    empty = np.empty(0, np.int64)
-    if side(feature.key) == "user":  # counted exactly along each user's own timeline instead
-        return Statistics(Vocabulary(pa.array([], pa.string()), empty), empty, empty, empty, prior)
     table = counts.by_column["item_id" if side(feature.key) == "item" else feature.key]
     values = table["value"].cast(pa.string())
     if "." in feature.key:

@@ -157,26 +157,18 @@ class _Builder:
 
     def _statistic(self, feature: Statistic) -> np.ndarray:
         stats = self.world.encoders.statistics[feature.name]
-        if feature.key == "user_id":
-            count, positives = self._user_totals(feature)
-        else:
-            if side(feature.key) == "item":
+        match side(feature.key):
+            case "user":
+                keys = self.world.user_inputs[feature.name][self.user]
+            case "item":
                 keys = self.world.item_inputs[feature.name][self.item]
-            else:
+            case "context":
                 keys = stats.keys.lookup(self.asked[feature.key])
-            today = transforms.day(self.timestamp_us, self.schema.utc_offset_hours)
-            count, positives = stats.before(keys, np.minimum(today, self.world.encoders.freeze_day))
+        today = transforms.day(self.timestamp_us, self.schema.utc_offset_hours)
+        count, positives = stats.before(keys, np.minimum(today, self.world.encoders.freeze_day))
         if feature.label is None:
             return transforms.past_count(count)
         return transforms.past_rate(count, positives, stats.prior, feature.smoothing)
-
-    def _user_totals(self, feature: Statistic) -> tuple[np.ndarray, np.ndarray]:
-        if feature.label is None:
-            return self.timeline.count(self.is_event)[self.of], np.zeros(len(self.of))
-        label = transforms.floats(self.past[feature.label])
-        known = np.isfinite(label)
-        positives = self.timeline.count(np.where(known, label, 0.0))
-        return self.timeline.count(known)[self.of], positives[self.of]
 
     def _sequence(self, feature: Sequence) -> pa.Array:
         wanted = self.is_event

@@ -22,11 +22,6 @@ class Timeline:
         new_moment = new_user | np.r_[True, timestamp_us[1:] != timestamp_us[:-1]][: len(user)]
         return cls(_last_true(new_user), _last_true(new_moment))
 
-    def count(self, counted: np.ndarray) -> np.ndarray:
-        """[n] sum of `counted` [n] (booleans or numbers) over each event's past."""
-        total = np.r_[0, np.cumsum(counted)]
-        return total[self.before] - total[self.start]
-
     def last(self, wanted: np.ndarray, length: int, of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The last `length` wanted events in the past of the events at positions `of` [m], oldest first.
 

@@ -23,11 +23,11 @@ from pydantic import Field, SerializeAsAny, field_validator
 from ray.exceptions import RayTaskError
 from tqdm import tqdm
 
-from recsys_dist import __version__
+from recsys_dist import __version__, session
 from recsys_dist.config import Config, digest
 from recsys_dist.data import encoders as fitting
 from recsys_dist.data import stages
-from recsys_dist.data.counts import FITTED_ON, POSITIVE, TRAIN, VALID, Counts
+from recsys_dist.data.counts import POSITIVE, TRAIN, VALID, Counts
 from recsys_dist.data.entities import Entities
 from recsys_dist.data.examples import World
 from recsys_dist.data.logs import Ledger, LogSpec
@@ -75,19 +75,32 @@ def prepare(cfg: PrepareConfig, out: str | Path) -> Prepared:
     path = Path(out).absolute()
     source = open_source(cfg.source)
     schema = cfg.features or source.schema()
-    fingerprint = _fingerprint(cfg, schema, source)
+    raw = _raw_digest(source)
+    fingerprint = digest([FORMAT, __version__, cfg.model_dump(mode="json"), schema.digest(), raw])
     if not _holds(path / MANIFEST, fingerprint):
         with sole_writer(path):
             if not _holds(path / MANIFEST, fingerprint):  # another process may have made it meanwhile
-                _prepare(cfg, source, schema, path, fingerprint)
+                session.connect()
+                events = _events(cfg, source, schema, path, raw)
+                _make_examples(cfg, source, schema, path, events, fingerprint)
     return Prepared.open(path)
 
 
-def _prepare(cfg: PrepareConfig, source: Source, schema: Schema, path: Path, fingerprint: str) -> None:
-    if not _holds(path / EVENTS, fingerprint):
-        _clear(path)
+def _events(cfg: PrepareConfig, source: Source, schema: Schema, path: Path, raw: str) -> dict[str, Any]:
+    """What is known of `events/`, which is written unless it is there: other days or shards reuse it."""
+    settings = cfg.model_dump(mode="json", exclude={"features", "valid_from", "test_from", "shard_rows"})
+    fingerprint = digest([FORMAT, __version__, settings, repr(LogSpec.from_schema(schema)), raw])
+    reused = _holds(path / EVENTS, fingerprint)
+    _clear(path, keep_events=reused)
+    if not reused:
         _write_events(cfg, source, schema, path, fingerprint)
-    found = json.loads((path / EVENTS).read_text())
+    found: dict[str, Any] = json.loads((path / EVENTS).read_text())
+    return found
+
+
+def _make_examples(
+    cfg: PrepareConfig, source: Source, schema: Schema, path: Path, found: dict[str, Any], fingerprint: str
+) -> None:
     days = {dt.date.fromisoformat(text): rows for text, rows in found["days"].items()}
     split = _split(cfg, source, sorted(days))
     buckets = found["buckets"]
@@ -157,9 +170,7 @@ def _count(path: Path, buckets: list[int], schema: Schema, split: Split) -> Coun
 
 
 def _fit(path: Path, source: Source, schema: Schema, counts: Counts, split: Split) -> World:
-    users = Entities.of(
-        source.users(), "user_id", counts.totals("user_id", FITTED_ON)["value"].combine_chunks()
-    )
+    users = Entities.of(source.users(), "user_id", counts.by_column["user_id"]["value"].unique())
     items = Entities.of(source.items(), "item_id", counts.by_column["item_id"]["value"].unique())
     freeze = (split.test_from - dt.date(1970, 1, 1)).days
     world = World(fitting.fit(schema, counts, users, items, freeze), users, items)
@@ -298,8 +309,8 @@ def _check_complete(manifest: Manifest, days: dict[dt.date, int]) -> None:
             raise DataError(f"split {name!r} is empty; choose other days with valid_from and test_from")
 
 
-def _fingerprint(cfg: PrepareConfig, schema: Schema, source: Source) -> str:
-    """Of all that the result depends on: settings, schema, code format, and the raw files as they are now."""
+def _raw_digest(source: Source) -> str:
+    """Identity of the raw files as they are now, by size and time of change, and of users and items."""
     files = {}
     for part in source.parts():
         if part.file and "://" not in part.file:
@@ -307,7 +318,7 @@ def _fingerprint(cfg: PrepareConfig, schema: Schema, source: Source) -> str:
             files[part.file] = [stat.st_size, stat.st_mtime_ns]
     tables = [_table_digest(table) for table in (source.users(), source.items())]
     parts = [part.name for part in source.parts()]
-    return digest([FORMAT, __version__, cfg.model_dump(mode="json"), schema.digest(), parts, files, tables])
+    return digest([parts, files, tables])
 
 
 def _table_digest(table: pa.Table | None) -> str:
@@ -329,18 +340,23 @@ def _holds(file: Path, fingerprint: str | None = None) -> bool:
     return found is not None and fingerprint in (None, found)
 
 
-def _clear(path: Path) -> None:
+def _clear(path: Path, keep_events: bool) -> None:
     """Remove what an earlier or unfinished preparation left; refuse a directory that holds anything else."""
-    made = {"ledger", "events", "quarantine", "vocabulary", "entities", "ranking", "recall", "users"}
-    files = {MANIFEST, EVENTS, "ledger.json", "items.parquet"}
-    foreign = sorted(p.name for p in path.iterdir() if p.name not in made | files | {LOCK})
+    of_events = {EVENTS, "ledger.json", "ledger", "events", "quarantine"}
+    made = {MANIFEST, "items.parquet", "vocabulary", "entities", "ranking", "recall", "users"}
+    foreign = sorted(p.name for p in path.iterdir() if p.name not in made | of_events | {LOCK})
     if (path / MANIFEST).exists() and not _holds(path / MANIFEST):
         foreign.append(MANIFEST)
     if foreign:
         raise DataError(
             f"{str(path)!r} holds {foreign[0]!r}, which is no prepared data; choose an empty directory"
         )
-    for name in files:  # the manifest first: from here on nothing half-removed is taken for a data set
-        (path / name).unlink(missing_ok=True)
+    (path / MANIFEST).unlink(missing_ok=True)  # first: from here on nothing half-removed is taken for whole
+    if not keep_events:
+        (path / EVENTS).unlink(missing_ok=True)
+        made |= of_events
     for name in made:
-        shutil.rmtree(path / name, ignore_errors=True)
+        if (path / name).is_dir():
+            shutil.rmtree(path / name)
+        else:
+            (path / name).unlink(missing_ok=True)

@@ -24,7 +24,7 @@ FREEZE = (SPLIT.test_from - dt.date(1970, 1, 1)).days
 
 def world_of(log: pa.Table, schema: Schema = SCHEMA) -> World:
     counts = Counts.of(log, schema, SPLIT)
-    seen_users = counts.totals("user_id", ("history", "train"))["value"].combine_chunks()
+    seen_users = counts.by_column["user_id"]["value"].unique()
     known_users = Entities.of(users(), "user_id", seen_users)
     known_items = Entities.of(items(), "item_id", counts.by_column["item_id"]["value"].unique())
     encoders = fitting.fit(schema, counts, known_users, known_items, FREEZE)
@@ -85,8 +85,8 @@ def test_every_feature_equals_a_computation_row_by_row(log: pa.Table, world: Wor
             "clicked": [row_of(world, "item", r["item_id"]) for r in clicked],
             "clicked_genre": [row_of(world, "genre", genre(r)) for r in clicked],
             "shown": [row_of(world, "item", r["item_id"]) for r in past[-4:]],
-            "user_count": math.log1p(len(past)),
-            "user_rate": smoothed(past, prior),
+            "user_count": math.log1p(sum(r["user_id"] == row["user_id"] for r in days)),
+            "user_rate": smoothed([r for r in days if r["user_id"] == row["user_id"]], prior),
             "item_count": math.log1p(sum(r["item_id"] == row["item_id"] for r in days)),
             "genre_rate": smoothed([r for r in days if genre(row) and genre(r) == genre(row)], prior),
             "device_rate": smoothed([r for r in days if row["device"] == r["device"] != None], prior),  # noqa: E711

@@ -15,13 +15,13 @@ from recsys_dist.schema import Categorical, Label, Numeric, Schema, Sequence, St
 
 SCHEMA = Schema(
     features=(
-        Categorical(name="user_id", column="user_id"),
-        Categorical(name="item_id", column="item_id"),
+        Categorical(name="user", column="user_id"),
+        Categorical(name="item", column="item_id"),
         Categorical(name="tab", column="tab"),
         Numeric(name="length", column="length"),
         Statistic(name="page_rate", key="page", label="click"),
         Categorical(name="city", column="users.city"),
-        Sequence(name="clicked", of="item_id", where="click"),
+        Sequence(name="clicked", of="item", where="click"),
     ),
     labels=(Label(name="click"), Label(name="watch_ms", kind="value")),
     ranking_label="click",

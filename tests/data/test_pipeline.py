@@ -4,6 +4,7 @@ import datetime as dt
 import hashlib
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -239,6 +240,20 @@ def test_what_was_killed_continues_to_the_same_result(
         assert (tmp_path / "events.json").stat().st_mtime_ns == events, "read the logs again"
 
 
+def test_other_days_reuse_the_events(source: Config, prepared: Prepared, tmp_path: Path) -> None:
+    shutil.copytree(prepared.path, tmp_path, dirs_exist_ok=True)
+    made = (tmp_path / "events.json").stat().st_mtime_ns
+    other = prepare(config(source, test_from=dt.date(2024, 3, 7), shard_rows=1_000), tmp_path)
+    assert (tmp_path / "events.json").stat().st_mtime_ns == made
+    assert {row["timestamp"].date() for row in rows_of(other, "ranking/valid")} <= {
+        dt.date(2024, 3, 5),
+        dt.date(2024, 3, 6),
+    }
+    listed = {str(tmp_path / file) for shards in other.manifest.splits.values() for file in shards.files}
+    on_disk = {str(f) for f in tmp_path.rglob("part-*.parquet") if f.parent.parent.name == "users"}
+    assert on_disk <= listed, "shards of the former days are left"
+
+
 def test_a_directory_with_other_files_is_refused(source: Config, tmp_path: Path) -> None:
     for number, name in enumerate(("thesis.txt", "manifest.json")):
         out = tmp_path / str(number)
@@ -319,7 +334,7 @@ def test_an_error_in_a_task_is_the_projects_own(
 ) -> None:
     """As on a full disk: raised in a Ray task, seen here as the DataError that it was there."""
     (tmp_path / "quarantine").write_text("a file where tasks want a directory")
-    monkeypatch.setattr(pipeline, "_clear", lambda _: None)
+    monkeypatch.setattr(pipeline, "_clear", lambda *_, **__: None)
     with pytest.raises(DataError, match=r"quarantine/part-00000.parquet' cannot be written") as error:
         prepare(config(source), tmp_path)
     assert error.value.__suppress_context__

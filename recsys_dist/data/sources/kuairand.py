@@ -192,28 +192,27 @@ def _listed(owner: np.ndarray, video: np.ndarray, lists: pa.ChunkedArray) -> np.
 
 
 def _features() -> Iterator[AnyFeature]:
-    yield Categorical(name="user_id", column="user_id")
-    yield Categorical(name="item_id", column="item_id")
-    yield Categorical(name="author", column="items.author_id", min_count=2)
-    yield Categorical(name="music", column="items.music_id", min_count=2)
-    yield Categorical(name="tag", column="items.tag")
-    for name in ("video_type", "upload_type", "upload_dt", "music_type"):
+    # Left out: weekday and upload_dt, of which six training days cannot teach (no Sunday among them).
+    yield Categorical(name="user", column="user_id", min_count=3)
+    yield Categorical(name="item", column="item_id")
+    yield Categorical(name="author", column="items.author_id", min_count=3)
+    yield Categorical(name="music", column="items.music_id", min_count=3)
+    for name in ("tag", "video_type", "upload_type", "music_type"):
         yield Categorical(name=name, column=f"items.{name}")
     yield Bucketed(name="duration", column="items.video_duration")
     yield Categorical(name="tab", column="tab")
+    yield Time(name="hour", part="hour")
     for name in USER_CATEGORIES:
         yield Categorical(name=name, column=f"users.{name}")
-    yield Time(name="hour", part="hour")
-    yield Time(name="weekday", part="weekday")
-    yield Cross(name="user_tag", of=("user_id", "tag"))
-    yield Cross(name="user_tab", of=("user_id", "tab"))
-    yield Cross(name="item_tab", of=("item_id", "tab"))
+    yield Cross(name="user_tag", of=("user", "tag"))
+    yield Cross(name="user_tab", of=("user", "tab"))
+    yield Cross(name="item_tab", of=("item", "tab"))
     yield Cross(name="tab_tag", of=("tab", "tag"), hash_buckets=10_000)
     yield Cross(name="tab_hour", of=("tab", "hour"), hash_buckets=1_000)
     yield Cross(name="tab_duration", of=("tab", "duration"), hash_buckets=1_000)
-    yield Sequence(name="long_viewed", of="item_id", where="long_view")
-    yield Sequence(name="long_viewed_tags", of="tag", where="long_view")
-    yield Sequence(name="exposed", of="item_id")
+    for where, name in (("long_view", "long_viewed"), ("click", "clicked"), (None, "exposed")):
+        yield Sequence(name=name, of="item", where=where)
+        yield Sequence(name=f"{name}_tags", of="tag", where=where, max_length=20)
     for name in [*USER_NUMBERS, "history_len"]:
         yield Numeric(name=f"log_{name}", column=f"users.{name}", log=True)
     yield Numeric(name="log_duration", column="items.video_duration", log=True)
@@ -222,8 +221,8 @@ def _features() -> Iterator[AnyFeature]:
         ("item", "item_id"),
         ("author", "items.author_id"),
         ("tag", "items.tag"),
+        ("tab", "tab"),
     ):
         yield Statistic(name=f"{name}_count", key=key)
         yield Statistic(name=f"{name}_long_view_rate", key=key, label="long_view")
         yield Statistic(name=f"{name}_click_rate", key=key, label="click")
-    yield Statistic(name="tab_click_rate", key="tab", label="click")

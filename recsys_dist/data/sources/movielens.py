@@ -148,8 +148,8 @@ def _dat(url: str, names: list[str]) -> dict[str, list[str]]:
 
 
 def _features(with_users: bool) -> Iterator[AnyFeature]:
-    yield Categorical(name="user_id", column="user_id")
-    yield Categorical(name="item_id", column="item_id")
+    yield Categorical(name="user", column="user_id")
+    yield Categorical(name="item", column="item_id")
     yield Categorical(name="genre", column="items.genre")
     yield Categorical(name="genres", column="items.genres")
     yield Bucketed(name="year", column="items.year")
@@ -159,10 +159,10 @@ def _features(with_users: bool) -> Iterator[AnyFeature]:
         for name in ("gender", "age", "occupation", "region"):
             yield Categorical(name=name, column=f"users.{name}")
         yield Cross(name="age_gender_genres", of=("age", "gender", "genres"))
-    yield Cross(name="user_genres", of=("user_id", "genres"))
-    yield Sequence(name="liked", of="item_id", where="like")
+    yield Cross(name="user_genres", of=("user", "genres"))
+    yield Sequence(name="liked", of="item", where="like")
     yield Sequence(name="liked_genres", of="genres", where="like")
-    yield Sequence(name="rated", of="item_id")
+    yield Sequence(name="rated", of="item")
     for name, key in (("user", "user_id"), ("item", "item_id"), ("genres", "items.genres")):
         yield Statistic(name=f"{name}_count", key=key)
         yield Statistic(name=f"{name}_like_rate", key=key, label="like")

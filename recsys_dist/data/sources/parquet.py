@@ -255,8 +255,8 @@ def _from_threshold(array: pa.Array, at_least: float) -> pa.Array:
 
 def _derived(source: Source, ranking: str, positive: tuple[str, ...]) -> Iterator[AnyFeature]:
     """Features for a log that nobody has described: ids, attributes by type, time, sequences, rates."""
-    yield Categorical(name="user_id", column="user_id")
-    yield Categorical(name="item_id", column="item_id")
+    yield Categorical(name="user", column="user_id")
+    yield Categorical(name="item", column="item_id")
     yield Time(name="hour", part="hour")
     yield Time(name="weekday", part="weekday")
     file = source._files()[0]
@@ -268,8 +268,8 @@ def _derived(source: Source, ranking: str, positive: tuple[str, ...]) -> Iterato
     yield from _attributes(source.cfg.users, "users")
     yield from _attributes(source.cfg.items, "items")
     for label in positive:
-        yield Sequence(name=f"past_{_slug(label)}", of="item_id", where=label)
-    yield Sequence(name="past_events", of="item_id")
+        yield Sequence(name=f"past_{_slug(label)}", of="item", where=label)
+    yield Sequence(name="past_events", of="item")
     for name, key in (("user", "user_id"), ("item", "item_id")):
         yield Statistic(name=f"{name}_count", key=key)
         yield Statistic(name=f"{name}_rate", key=key, label=ranking)

@@ -101,8 +101,8 @@ class Source:
     def schema(self) -> Schema:
         return Schema(
             features=(
-                Categorical(name="user_id", column="user_id"),
-                Categorical(name="item_id", column="item_id"),
+                Categorical(name="user", column="user_id"),
+                Categorical(name="item", column="item_id"),
                 Categorical(name="segment", column="users.segment"),
                 Categorical(name="age", column="users.age"),
                 Categorical(name="topic", column="items.topic"),
@@ -111,8 +111,8 @@ class Source:
                 Time(name="hour", part="hour"),
                 Time(name="weekday", part="weekday"),
                 Cross(name="segment_topic", of=("segment", "topic"), hash_buckets=5_000),
-                Cross(name="user_topic", of=("user_id", "topic")),
-                Sequence(name="clicked", of="item_id", where="click"),
+                Cross(name="user_topic", of=("user", "topic")),
+                Sequence(name="clicked", of="item", where="click"),
                 Sequence(name="clicked_topics", of="topic", where="click"),
                 Sequence(name="last_topic", of="topic", where="click", max_length=1),
                 Numeric(name="log_duration", column="items.duration_ms", log=True),

@@ -8,7 +8,7 @@ depend on the number of workers or the kind of sharding.
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -217,21 +217,19 @@ def _fill(weights: Mapping[str, Any], tables: Mapping[str, Any], seed: int) -> N
         else:
             pieces = [(weight, [0, 0], [rows, dim])]
         for tensor, (row, column), (height, width) in pieces:
-            for start, block in _blocks(config.init_fn, seed, name, rows, dim, row, row + height):
+            for start, block in _blocks(config, seed, name, row, row + height):
                 first, last = max(row, start), min(row + height, start + len(block))
                 values = block[first - start : last - start, column : column + width]
                 tensor[first - row : last - row].copy_(values)
 
 
-def _blocks(
-    init: Callable[[torch.Tensor], Any], seed: int, name: str, rows: int, dim: int, first: int, last: int
-) -> Iterator[tuple[int, torch.Tensor]]:
+def _blocks(config: Any, seed: int, name: str, first: int, last: int) -> Iterator[tuple[int, torch.Tensor]]:
     """(first row, values) of the whole blocks that cover rows `first:last` of a table."""
     for start in range(first - first % _BLOCK_ROWS, last, _BLOCK_ROWS):
-        block = torch.empty(min(_BLOCK_ROWS, rows - start), dim)
+        block = torch.empty(min(_BLOCK_ROWS, config.num_embeddings - start), config.embedding_dim)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rng_for(seed, "table", name, start).integers(2**63)))
-            init(block)
+            config.init_fn(block)
         yield start, block
 
 

@@ -16,7 +16,7 @@ _forked.set_forkserver_preload(["torch", "recsys_dist.train.sharding", "tests.tr
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 90) -> list[Any]:
-    """`function(rank, *args)` on `world` ranks; a failure on any of them fails the test with its traceback."""
+    """`function(rank, *args)` on `world` ranks; a failure on any of them fails the test, with traceback."""
     results: Any = _forked.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = [

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from torchrec import EmbeddingBagConfig
 
 from recsys_dist.errors import ConfigError
 from recsys_dist.train.loop import Epoch, Loss, Workers, idle_batch
@@ -139,7 +140,7 @@ def test_starting_values_do_not_depend_on_placement(kind):
 
 
 def test_rowwise_adagrad_by_hand():
-    """Two steps of the unsharded model against the rule written out: s += mean(g^2), w -= lr g / (sqrt(s) + eps)."""
+    """Two unsharded steps against the rule written out: s += mean(g^2), w -= lr g / (sqrt(s) + eps)."""
     loss, copy = materialise(build(), SEED), materialise(build(), SEED)
     optimizers = train_unsharded(loss, loss.model.table_groups(), ROWWISE)
     train(Epoch(loss, optimizers, idle_batch(tiny.schema(), 24), Workers()), global_batches()[:2])
@@ -164,13 +165,11 @@ def test_rowwise_adagrad_by_hand():
 
 
 def test_blocks_cover_a_table_alike_however_they_are_asked_for():
-    def init(block: torch.Tensor) -> None:
-        torch.nn.init.normal_(block)
-
     rows = 65_536 + 100
-    [(first, head), (second, tail)] = _blocks(init, 1, "t", rows, 2, 0, rows)
+    config = EmbeddingBagConfig(name="t", num_embeddings=rows, embedding_dim=4, init_fn=torch.nn.init.normal_)
+    [(first, head), (second, tail)] = _blocks(config, 1, "t", 0, rows)
     assert (first, second, len(head), len(tail)) == (0, 65_536, 65_536, 100)
-    [(start, again)] = _blocks(init, 1, "t", rows, 2, 65_540, 65_545)
+    [(start, again)] = _blocks(config, 1, "t", 65_540, 65_545)
     assert start == 65_536 and torch.equal(again, tail)
     assert not torch.equal(head[:100], tail)
 

@@ -15,7 +15,6 @@ import argparse
 import sys
 
 from jobs.command import reported, settings_help
-from recsys_dist import session
 from recsys_dist.config import load_yaml
 from recsys_dist.data.pipeline import PrepareConfig, prepare
 from recsys_dist.data.prepared import Prepared
@@ -81,7 +80,6 @@ def summary(prepared: Prepared) -> str:
 
 def main(argv: list[str]) -> None:
     cfg, out = parse(argv)
-    session.connect()
     print(summary(prepare(cfg, out)))
 
 

@@ -39,7 +39,7 @@ def test_users_and_items_are_encoded_by_position_and_0_is_unknown() -> None:
     got = world.item_inputs["genre"]
     assert len(got) == len(world.items) + 1 and got[0] == 0
     assert np.array_equal(got[1:], genres.lookup(world.items.attribute("genre")))
-    assert set(world.user_inputs) == {"user", "age"}
+    assert set(world.user_inputs) == {"user", "age", "user_count", "user_rate"}
     assert world.user_inputs["age"].dtype == np.float32
     assert world.user_inputs["age"][0] == 0
 

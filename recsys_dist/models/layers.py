@@ -3,7 +3,7 @@
 B rows, D embedding dimension, F features
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -13,6 +13,8 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedTensor, Po
 
 from recsys_dist.errors import ConfigError
 from recsys_dist.schema import IdFeature, Schema
+
+DIM_UNIT = 4  # FBGEMM's sharded kernels ask for table dimensions that are multiples of it
 
 Activation = Literal["relu", "leaky_relu", "prelu", "gelu", "tanh", "sigmoid"]
 
@@ -86,13 +88,14 @@ def uniform(limit: float) -> Callable[[torch.Tensor], Any]:
 def embedding_tables(
     schema: Schema,
     features: Iterable[IdFeature],
-    dim: int,
+    dim: int | Mapping[str, int],
     init: Callable[[torch.Tensor], Any],
     pooling: PoolingType = PoolingType.MEAN,
     prefix: str = "",
 ) -> EmbeddingBagCollection:
     """One table [rows, dim] per `schema.table(feature)`, on the meta device until sharded or materialised.
 
+    `dim` is that of all tables, or a mapping by table (without `prefix`).
     Features that share a table (an item and the sequences of such items) are looked up in it together.
     A single id pooled is itself; no ids at all (padding, an empty history) pool to zeros. `prefix` keeps
     the names of two collections over the same features apart. ConfigError where the schema is not fitted.
@@ -104,7 +107,7 @@ def embedding_tables(
         EmbeddingBagConfig(
             name=prefix + table,
             num_embeddings=_rows(shared[0]),
-            embedding_dim=dim,
+            embedding_dim=dim if isinstance(dim, int) else dim[table],
             feature_names=[feature.name for feature in shared],
             pooling=pooling,
             init_fn=init,

@@ -19,15 +19,14 @@ from torchrec import PoolingType
 
 from recsys_dist.batch import Batch
 from recsys_dist.errors import ConfigError
-from recsys_dist.models.layers import MLP, Activation, embedding_tables, normal, pooled
+from recsys_dist.models.layers import DIM_UNIT, MLP, Activation, embedding_tables, normal, pooled
 from recsys_dist.models.losses import binary_cross_entropy
 from recsys_dist.models.protocol import Catalogue, ModelConfig, Task
 from recsys_dist.schema import IdFeature, Schema
 
-# FBGEMM's sharded kernels ask for a multiple of 4. The weight is the mean of 4 columns, which start equal,
-# get equal gradients and so stay equal; Adagrad does not see that each gradient is a quarter: exactly the
-# scalar weight that it stands for.
-WIDE_DIM = 4
+# A linear weight is the mean of as many columns, which start equal, get equal gradients and so stay equal;
+# Adagrad does not see that each gradient is a quarter: exactly the scalar weight that it stands for.
+WIDE_DIM = DIM_UNIT
 
 
 class Config(ModelConfig):
@@ -36,7 +35,7 @@ class Config(ModelConfig):
     wide: tuple[str, ...] | None = Field(
         None, description="id features of the wide part; None takes all crosses and all single ids"
     )
-    embedding_dim: int = Field(16, ge=1)
+    embedding_dim: int = Field(16, ge=1, multiple_of=DIM_UNIT)
     embedding_std: float = Field(0.01, ge=0, description="deep tables start as N(0, std²)")
     hidden: tuple[int, ...] = (256, 128)
     activation: Activation = "relu"
@@ -59,7 +58,7 @@ class Model(nn.Module):
         self.tower = MLP(inputs, cfg.hidden, cfg.activation, cfg.dropout, out=1)
         wide = _wide_features(schema, cfg)
         self.wide_tables = (
-            # a linear model over one-hot ids is a table of dimension 1; it starts at zero
+            # a linear model over one-hot ids is a table of weights; they start at zero
             embedding_tables(schema, wide, WIDE_DIM, nn.init.zeros_, PoolingType.SUM, prefix="wide_")
             if wide
             else None

@@ -22,7 +22,7 @@ from torchrec import KeyedJaggedTensor
 from recsys_dist.batch import Batch
 from recsys_dist.config import rng_for
 from recsys_dist.errors import ConfigError
-from recsys_dist.models.layers import MLP, Activation, embedding_tables, normal, pooled
+from recsys_dist.models.layers import DIM_UNIT, MLP, Activation, embedding_tables, normal, pooled
 from recsys_dist.models.losses import sampled_softmax
 from recsys_dist.models.protocol import Catalogue, ModelConfig, Task
 from recsys_dist.schema import Schema
@@ -35,18 +35,23 @@ class Config(ModelConfig):
     features: tuple[str, ...] | None = Field(
         None, description="user and context features to read; None reads all of them"
     )
-    embedding_dim: int = Field(32, ge=1, description="of the input tables")
-    embedding_std: float = Field(0.01, gt=0, description="all tables start as N(0, std²)")
-    hidden: tuple[int, ...] = (256, 128)
+    embedding_dim: int = Field(
+        64, ge=1, multiple_of=DIM_UNIT, description="of input tables that a sequence is looked up in"
+    )
+    side_dim: int = Field(
+        8, ge=1, multiple_of=DIM_UNIT, description="of all other input tables: the user's attributes, context"
+    )
+    embedding_std: float = Field(0.05, gt=0, description="all tables start as N(0, std²)")
+    hidden: tuple[int, ...] = (256,)
     activation: Activation = "relu"
     dropout: float = Field(0.0, ge=0, lt=1)
-    output_dim: int = Field(32, ge=1, description="D, of the user and item vectors")
+    output_dim: int = Field(64, ge=1, multiple_of=DIM_UNIT, description="D, of user and item vectors")
     output_activation: bool = Field(
         False, description="activate the user vector too, as the paper's last ReLU layer is"
     )
-    normalise: bool = Field(False, description="cosine instead of inner product")
-    temperature: float = Field(1.0, gt=0, description="logits are divided by it in training")
-    item_bias: bool = Field(False, description="a learned popularity term, as one more dimension")
+    normalise: bool = Field(True, description="cosine instead of the paper's inner product")
+    temperature: float = Field(0.07, gt=0, description="logits are divided by it in training; 1 in the paper")
+    item_bias: bool = Field(False, description="a learned popularity term, in more dimensions")
     negatives: int = Field(1024, ge=1, description="S, drawn anew for every global batch")
     negatives_alpha: float = Field(0.75, ge=0, description="0 draws uniformly, 1 by popularity")
     negatives_seed: int = 0
@@ -70,13 +75,18 @@ class Model(nn.Module):
         # a sequence brings the item feature whose table it shares; the tower must not see that one
         read = [f for f in schema.ids if "item" not in schema.sides(f)]
         self.names = [feature.name for feature in read]
-        self.tables = embedding_tables(schema, read, cfg.embedding_dim, normal(cfg.embedding_std))
-        inputs = len(read) * cfg.embedding_dim + len(schema.dense)
+        of_sequences = {schema.table(f) for f in schema.sequences}
+        dims = {
+            schema.table(f): cfg.embedding_dim if schema.table(f) in of_sequences else cfg.side_dim
+            for f in read
+        }
+        self.tables = embedding_tables(schema, read, dims, normal(cfg.embedding_std))
+        inputs = sum(dims[schema.table(f)] for f in read) + len(schema.dense)
         if cfg.output_activation:
             self.tower = MLP(inputs, (*cfg.hidden, cfg.output_dim), cfg.activation, cfg.dropout)
         else:
             self.tower = MLP(inputs, cfg.hidden, cfg.activation, cfg.dropout, out=cfg.output_dim)
-        vector_dim = cfg.output_dim + int(cfg.item_bias)
+        vector_dim = cfg.output_dim + DIM_UNIT * cfg.item_bias
         self.item_tables = embedding_tables(
             schema, [schema.item_id], vector_dim, normal(cfg.embedding_std), prefix="output_"
         )
@@ -101,12 +111,12 @@ class Model(nn.Module):
         return schema.select({*chosen, *of, schema.item_id.name})
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """[B, D] user vectors, [B, D + 1] with `item_bias` (the last entry is 1)."""
+        """[B, D] user vectors; with `item_bias` [B, D + 4]: the inner product adds the mean of 4 weights."""
         embedded = pooled(self.tables(batch.sparse), self.names)
         user_BD = self.tower(torch.cat([embedded, batch.dense], dim=1))
         if self.cfg.normalise:
             return F.normalize(user_BD, dim=1)
-        return F.pad(user_BD, (0, 1), value=1.0) if self.cfg.item_bias else user_BD
+        return F.pad(user_BD, (0, DIM_UNIT), value=1 / DIM_UNIT) if self.cfg.item_bias else user_BD
 
     def item_vectors(self) -> torch.Tensor:
         """[I, D] item vectors; on sharded tables every worker calls it together and gets them all."""

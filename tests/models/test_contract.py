@@ -75,7 +75,7 @@ def test_loss_is_one_finite_value_per_row(name: str) -> None:
 def test_planted_structure_is_recovered(name: str) -> None:
     """A ranker learns a parity of two ids, which no sum over single ids holds; recall learns a map."""
     model, schema = build(name)
-    rows = 1500 if model.task == "ranking" else 300  # 1,131 pairs to learn, or 29
+    rows = 1500 if model.task == "ranking" else 800  # 1,131 pairs to learn, or 29
     losses = train(model, planted(schema, model.task, rows, seed=0), steps=100)
     assert losses[-1] < 0.5 * losses[0]
     held_out = planted(schema, model.task, 500, seed=1)

@@ -1,0 +1,81 @@
+"""Wide & Deep against equation 3 of the paper in NumPy, and what each part reads."""
+
+import numpy as np
+import pytest
+import torch
+
+from recsys_dist.config import rng_for
+from recsys_dist.errors import ConfigError
+from recsys_dist.models.wide_deep import Config, Model
+from recsys_dist.train.sharding import materialise
+from tests.batches import random_batch, small_schema
+
+
+def build(cfg: Config) -> Model:
+    torch.manual_seed(0)
+    model = materialise(Model(cfg, Model.inputs(small_schema(), cfg)), 0).eval()
+    for name, parameter in model.named_parameters():
+        if "wide" in name:  # starts at zero; give the test something to see
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def weights(model: Model, part: str) -> dict[str, np.ndarray]:
+    tables = getattr(model, part).embedding_bags
+    return {name.removeprefix("wide_"): bag.weight.detach().double().numpy() for name, bag in tables.items()}
+
+
+def test_logit_is_equation_3() -> None:
+    model = build(Config(hidden=(8,)))
+    schema = Model.inputs(small_schema(), Config())
+    batch = random_batch(schema, 6, rng_for(0, "rows"))
+    deep, wide = weights(model, "deep_tables"), weights(model, "wide_tables")
+    (w1, b1), (w2, b2) = (
+        (layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy())
+        for layer in model.tower.layers
+        if isinstance(layer, torch.nn.Linear)
+    )
+    ids = {f.name: [i.tolist() for i in batch.sparse[f.name].to_dense()] for f in schema.ids}
+    for row, logit in enumerate(model(batch).tolist()):
+        embedded = [
+            deep[schema.table(f)][ids[f.name][row]].mean(axis=0) if ids[f.name][row] else np.zeros(16)
+            for name in model.deep_names
+            for f in schema.ids
+            if f.name == name
+        ]
+        activation = np.maximum(w1 @ np.concatenate([*embedded, batch.dense[row].double().numpy()]) + b1, 0)
+        linear = sum(wide[f.name][ids[f.name][row]].mean() for f in schema.singles)  # of 4 equal columns
+        assert logit == pytest.approx((w2 @ activation + b2).item() + linear, rel=1e-4)
+
+
+def test_crosses_go_wide_and_sequences_go_deep() -> None:
+    model = build(Config())
+    assert "user_x_author" in weights(model, "wide_tables")
+    assert "user_x_author" not in weights(model, "deep_tables")
+    assert model.deep_names == ["user", "item", "author", "hour", "watched", "watched_authors"]
+    chosen = build(Config(wide=("user_x_author", "hour")))
+    assert sorted(weights(chosen, "wide_tables")) == ["hour", "user_x_author"]
+    assert set(chosen.table_groups()) == {"deep", "wide"}
+    assert set(build(Config(wide=())).table_groups()) == {"deep"}
+
+
+def test_joint_gradient_of_both_parts_is_the_residual() -> None:
+    """dL/dw of a one-hot weight is the sum over its rows of sigmoid(z) - y, of the joint logit z."""
+    model = build(Config())
+    batch = random_batch(Model.inputs(small_schema(), Config()), 40, rng_for(1, "rows"))
+    model.loss(batch, 0).sum().backward()
+    residual = (torch.sigmoid(model(batch)) - batch.labels["click"]).detach()
+    gradient = model.wide_tables.embedding_bags["wide_hour"].weight.grad.sum(dim=1)
+    expected = torch.zeros(25).index_add(0, batch.sparse["hour"].values().long(), residual)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    with pytest.raises(ConfigError, match="its deep part has no id feature"):
+        Model.inputs(small_schema(), Config(features=("age",)))
+    with pytest.raises(ConfigError, match="wide feature 'age' is numeric"):
+        Model.inputs(small_schema(), Config(wide=("age",)))
+    with pytest.raises(ConfigError, match="did you mean 'author'"):
+        Model.inputs(small_schema(), Config(wide=("athor",)))
+    with pytest.raises(ConfigError, match="multiple of 4"):
+        Config.parse({"embedding_dim": 6})

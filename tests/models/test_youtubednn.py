@@ -1,0 +1,93 @@
+"""YoutubeDNN recall against its equations in NumPy; what it reads; how it draws negatives."""
+
+import numpy as np
+import pytest
+import torch
+
+from recsys_dist.config import rng_for
+from recsys_dist.errors import ConfigError
+from recsys_dist.models.protocol import Catalogue
+from recsys_dist.models.youtubednn import Config, Model, negative_distribution
+from recsys_dist.train.sharding import materialise
+from tests.batches import random_batch, small_schema
+
+POSITIVES = torch.arange(40)
+
+
+def build(cfg: Config) -> tuple[Model, list[str]]:
+    torch.manual_seed(0)
+    schema = Model.inputs(small_schema(), cfg)
+    model = materialise(Model(cfg, schema, Catalogue(POSITIVES)), 0).eval()
+    return model, [feature.name for feature in schema.features]
+
+
+def test_reads_users_and_context_never_the_target() -> None:
+    model, read = build(Config())
+    assert read == ["user", "item", "author", "hour", "watched", "watched_authors", "age"]
+    schema = Model.inputs(small_schema(), Config())
+    fixed = {"user": np.arange(1, 9), "hour": np.arange(1, 9), "age": np.arange(8.0)}
+    scores = []
+    for target in (1, 5):  # another target item and author, the same user
+        columns = {**fixed, "item": np.full(8, target), "author": np.full(8, target)}
+        scores.append(model(random_batch(schema, 8, rng_for(0, "rows"), columns)))
+    assert torch.equal(*scores)
+
+
+@pytest.mark.parametrize("cfg", [Config(), Config(normalise=False, temperature=1, item_bias=True)])
+def test_loss_is_the_sampled_softmax_of_vectors_and_counts(cfg: Config) -> None:
+    model, _ = build(cfg)
+    batch = random_batch(Model.inputs(small_schema(), cfg), 7, rng_for(1, "rows"))
+    users, items = model(batch).detach().double().numpy(), model.item_vectors().detach().double().numpy()
+    assert users.shape[1] == items.shape[1] == 64 + 4 * cfg.item_bias and items.shape[0] == 40
+    q = np.r_[0, (np.arange(1, 40) + 1) ** 0.75]
+    logit = users @ items.T / cfg.temperature - np.log(np.maximum(q / q.sum(), 1e-300))
+    drawn = model.sample(3)
+    for row, positive in enumerate(batch.sparse["item"].values().tolist()):
+        others = np.exp(logit[row, drawn[drawn != positive]]).sum()
+        expected = np.log(1 + others / np.exp(logit[row, positive]))
+        assert model.loss(batch, 3)[row].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_bias_adds_the_mean_of_an_item_vectors_last_entries() -> None:
+    model, _ = build(Config(normalise=False, item_bias=True))
+    users = model(random_batch(Model.inputs(small_schema(), Config()), 5, rng_for(2, "rows")))
+    assert users[:, 64:].tolist() == [[0.25] * 4] * 5
+
+
+def test_negatives_follow_their_distribution_and_the_step() -> None:
+    q = negative_distribution(torch.tensor([7, 0, 3, 8]), alpha=0.5)
+    np.testing.assert_allclose(q, [0, 1 / 6, 2 / 6, 3 / 6])  # √1, √4, √9; the unknown item never
+    np.testing.assert_allclose(negative_distribution(torch.tensor([7, 0, 3]), alpha=0), [0, 0.5, 0.5])
+    model, _ = build(Config(negatives=20_000, negatives_alpha=1))
+    drawn = model.sample(1)
+    assert np.array_equal(drawn, model.sample(1)) and not np.array_equal(drawn, model.sample(2))
+    share = np.bincount(drawn, minlength=40) / 20_000
+    np.testing.assert_allclose(share, negative_distribution(POSITIVES, 1), atol=0.006)
+    assert drawn.min() >= 1
+
+
+def test_an_unknown_positive_teaches_nothing() -> None:
+    model, _ = build(Config())
+    columns = {"item": np.array([0, 4])}
+    loss = model.loss(random_batch(Model.inputs(small_schema(), Config()), 2, rng_for(3, "rows"), columns), 0)
+    assert loss[0] == 0 and loss[1] > 0
+
+
+def test_the_last_layer_may_be_activated_as_in_the_paper() -> None:
+    model, _ = build(Config(normalise=False, output_activation=True))
+    users = model(random_batch(Model.inputs(small_schema(), Config()), 50, rng_for(4, "rows")))
+    assert users.shape == (50, 64) and users.min() == 0
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    schema = small_schema()
+    with pytest.raises(ConfigError, match="'author' belongs to the item"):
+        Model.inputs(schema, Config(features=("watched", "author")))
+    with pytest.raises(ConfigError, match="needs a sequence feature"):
+        Model.inputs(schema, Config(features=("user",)))
+    with pytest.raises(ConfigError, match="did you mean 'watched'"):
+        Model.inputs(schema, Config(features=("watchd",)))
+    with pytest.raises(ConfigError, match="item_bias has no meaning"):
+        Config.parse({"item_bias": True})
+    with pytest.raises(ConfigError, match="no item besides the unknown one"):
+        negative_distribution(torch.zeros(1), 1)

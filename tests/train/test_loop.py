@@ -1,0 +1,148 @@
+import numpy as np
+import pytest
+import torch
+
+from recsys_dist.errors import NonFiniteLossError
+from recsys_dist.train.loop import Epoch, Loss, Workers, idle_batch
+from recsys_dist.train.optim import OptimizerConfig
+from recsys_dist.train.sharding import ShardingConfig, materialise, shard, train_unsharded
+from tests.train import tiny
+from tests.train.ranks import run_ranks
+
+OPTIMIZER = OptimizerConfig()
+
+
+class Remembering(Loss):
+    """Keeps the row ids that it was trained on."""
+
+    def __init__(self, model) -> None:
+        super().__init__(model)
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, batch, step):
+        self.seen.append(batch.row_id[batch.weight > 0])
+        return super().forward(batch, step)
+
+
+def epoch_of(loss, rows: int = 8) -> Epoch:
+    materialise(loss, 0)
+    optimizers = train_unsharded(loss, loss.model.table_groups(), OPTIMIZER)
+    return Epoch(loss, optimizers, idle_batch(tiny.schema(), rows), Workers())
+
+
+def with_ids(batch, first: int):
+    batch.row_id.copy_(torch.arange(first, first + batch.rows))
+    return batch
+
+
+def uneven(rank: int, world: int, counts: list[list[int]]) -> tuple[list[int], int, int, float]:
+    """This rank trains `counts[rank]` batches of so many rows; returns its rows, and the global totals."""
+    torch.manual_seed(0)
+    loss = Remembering(tiny.Model(tiny.Config(), tiny.schema()))
+    sharded = shard(loss, loss.model.table_groups(), OPTIMIZER, ShardingConfig(kind="row_wise"), 0)
+    epoch = Epoch(sharded.model, sharded.optimizers, idle_batch(tiny.schema(), 8), Workers())
+    batches = [
+        with_ids(tiny.batch_of(rows, rank, number), 1000 * rank + 8 * number)
+        for number, rows in enumerate(counts[rank])
+    ]
+    totals = epoch.run(iter(batches), 0)
+    return torch.cat(loss.seen).tolist(), totals.steps, totals.rows, totals.weight
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "counts", [[[8, 8, 8, 3], [8]], [[8], []], [[], [5]], [[8, 8], [8, 7], [8, 8, 8, 8]]]
+)
+def test_uneven_shards_train_each_row_once_and_do_not_hang(counts):
+    found = run_ranks(len(counts), uneven, len(counts), counts, timeout_s=60)
+    for rank, (rows, steps, total_rows, weight) in enumerate(found):
+        expected = [1000 * rank + 8 * n + i for n, size in enumerate(counts[rank]) for i in range(size)]
+        assert rows == expected
+        assert steps == max(map(len, counts))
+        assert total_rows == sum(map(sum, counts))
+        assert weight == pytest.approx(found[0][3])
+
+
+def test_no_data_at_all_is_an_empty_epoch():
+    totals = epoch_of(Loss(tiny.Model(tiny.Config(), tiny.schema()))).run(iter([]), 0)
+    assert (totals.steps, totals.rows, totals.loss) == (0, 0, 0.0)
+
+
+def test_loss_is_the_weighted_mean_before_each_step():
+    loss = Loss(tiny.Model(tiny.Config(), tiny.schema()))
+    epoch = epoch_of(loss)
+    batch = tiny.batch_of(8, "loss")
+    with torch.no_grad():
+        expected = float((loss(batch, 0) * batch.weight).sum() / batch.weight.sum())
+    assert epoch.run(iter([batch]), 0).loss == pytest.approx(expected)
+
+
+def test_rows_of_weight_zero_change_nothing():
+    torch.manual_seed(0)
+    one = Loss(tiny.Model(tiny.Config(), tiny.schema()))
+    torch.manual_seed(0)
+    two = Loss(tiny.Model(tiny.Config(), tiny.schema()))
+    batch, other = tiny.batch_of(8, "a"), tiny.batch_of(8, "b")
+    other.weight.zero_()
+    epoch_of(one).run(iter([batch]), 0)
+    epoch_of(two).run(iter([batch, other]), 0)
+    tables = {n: w for n, w in one.state_dict().items() if "embedding" in n}  # Adam moves on by its momentum
+    for name, weight in tables.items():
+        np.testing.assert_array_equal(two.state_dict()[name].numpy(), weight.numpy(), err_msg=name)
+
+
+def nan_on_rank_one(rank: int) -> str:
+    torch.manual_seed(0)
+    loss = Loss(tiny.Model(tiny.Config(), tiny.schema()))
+    sharded = shard(loss, loss.model.table_groups(), OPTIMIZER, ShardingConfig(), 0)
+    batches = [with_ids(tiny.batch_of(8, rank, number), (rank + 1 << 32) + 8 * number) for number in range(6)]
+    if rank == 1:
+        batches[2].dense[3, 0] = float("nan")
+        batches[2].dense[5, 1] = float("inf")
+    epoch = Epoch(sharded.model, sharded.optimizers, idle_batch(tiny.schema(), 8), Workers())
+    with pytest.raises(NonFiniteLossError) as error:
+        epoch.run(iter(batches), 100)
+    return str(error.value)
+
+
+@pytest.mark.ranks
+def test_a_nan_stops_all_workers_and_names_its_rows():
+    for message in run_ranks(2, nan_on_rank_one, timeout_s=60):
+        assert "step 102 is not finite in 2 of its 16 rows: shard 2 row 19, shard 2 row 21" in message
+
+
+def test_a_nan_in_the_last_step_is_not_missed():
+    batch = tiny.batch_of(8, "nan")
+    batch.dense[0, 0] = float("nan")
+    with pytest.raises(NonFiniteLossError, match="shard 0 row 0"):
+        epoch_of(Loss(tiny.Model(tiny.Config(), tiny.schema()))).run(iter([batch]), 0)
+
+
+def test_diverged_weights_are_told_from_bad_rows():
+    loss = Loss(tiny.Model(tiny.Config(), tiny.schema()))
+    epoch = epoch_of(loss)
+    with torch.no_grad():
+        loss.model.tower[2].bias.fill_(float("nan"))
+    with pytest.raises(NonFiniteLossError, match="the weights diverged before; lower the learning rates"):
+        epoch.run(iter([tiny.batch_of(8, "x")]), 0)
+
+
+def test_clipping_bounds_the_dense_gradient():
+    cfg = OptimizerConfig.parse({"dense": {"clip_norm": 0.01}})
+    loss = Loss(tiny.Model(tiny.Config(), tiny.schema()))
+    materialise(loss, 0)
+    optimizers = train_unsharded(loss, loss.model.table_groups(), cfg)
+    norms = []
+    for dense in list(optimizers.dense.values())[:1]:
+        dense.register_post_accumulate_grad_hook(lambda p: norms.append(float(p.grad.norm())))
+    step = optimizers._optimizers[0].step
+    clipped = []
+
+    def watched() -> None:
+        clipped.append(float(torch.cat([p.grad.flatten() for p in optimizers.dense.values()]).norm()))
+        step()
+
+    optimizers._optimizers[0].step = watched
+    Epoch(loss, optimizers, idle_batch(tiny.schema(), 8), Workers()).run(iter([tiny.batch_of(8, "c")]), 0)
+    assert norms[0] > 0.01
+    assert clipped[0] == pytest.approx(0.01, rel=1e-3)

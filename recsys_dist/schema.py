@@ -92,7 +92,7 @@ class Statistic(Feature):
     `key` is a column of the event or item, or `user_id`. Counted are the whole days before the event's
     day, and never test days: within a day, and over days that no model was trained on, a user's running
     rate tells what she has just done more than what she likes (on KuaiRand it costs .03 GAUC).
-    The rate is (positives + smoothing x prior) / (events + smoothing), standardised.
+    The rate is (positives + smoothing x prior) / (events + smoothing), as log-odds, standardised.
     """
 
     kind: Literal["statistic"] = "statistic"

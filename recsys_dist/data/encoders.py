@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recsys_dist.data import transforms
-from recsys_dist.data.counts import FITTED_ON, Counts
+from recsys_dist.data.counts import FITTED_ON, TRAIN, Counts
 from recsys_dist.data.entities import Entities
 from recsys_dist.data.output import write_parquet, write_text
 from recsys_dist.data.transforms import Scale
@@ -90,9 +91,7 @@ class Encoders:
         for feature in self.schema.features:
             if isinstance(feature, Categorical | Bucketed | Numeric) and side(feature.column) == side(key):
                 encoded[feature.name] = self.encode(feature, _raw(entities, feature.column))
-            elif (
-                isinstance(feature, Statistic) and side(feature.key) == side(key)
-            ):
+            elif isinstance(feature, Statistic) and side(feature.key) == side(key):
                 keys = self.statistics[feature.name].keys
                 encoded[feature.name] = keys.lookup(_raw(entities, feature.key))
         return {name: np.concatenate([values[:1] * 0, values]) for name, values in encoded.items()}
@@ -176,7 +175,8 @@ def fit(schema: Schema, counts: Counts, users: Entities, items: Entities, freeze
             case Cross():
                 rows[feature.name] = feature.hash_buckets + 1
             case Statistic():
-                statistics[feature.name] = _fit_statistics(feature, counts, items)
+                statistics[feature.name], seen = _fit_statistics(feature, counts, items)
+                scales[feature.name] = _fit_scale(feature, statistics[feature.name], *seen)
             case Sequence():
                 pass  # looked up in the table of the feature that it lists
     return Encoders(schema.fitted(rows), vocabularies, bounds, scales, statistics, freeze_day)
@@ -201,7 +201,18 @@ def _counted(
     return _raw(entities, column), by_position[1:]
 
 
-def _fit_statistics(feature: Statistic, counts: Counts, items: Entities) -> Statistics:
+def statistic(feature: Statistic, stats: Statistics, key_rows: np.ndarray, days: np.ndarray) -> np.ndarray:
+    """[n] float32 of a statistic as of the beginning of `days` [n], not yet standardised."""
+    count, positives = stats.before(key_rows, days)
+    if feature.label is None:
+        return transforms.past_count(count)
+    return transforms.past_rate(count, positives, stats.prior, feature.smoothing)
+
+
+def _fit_statistics(
+    feature: Statistic, counts: Counts, items: Entities
+) -> tuple[Statistics, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The running totals, and the training events that will ask for them: key rows, days, and how many."""
     prior = counts.prior(feature.label) if feature.label else 0.0
     table = counts.by_column["item_id" if side(feature.key) == "item" else feature.key]
     values = table["value"].cast(pa.string())
@@ -212,7 +223,17 @@ def _fit_statistics(feature: Statistic, counts: Counts, items: Entities) -> Stat
     positives = table[f"{feature.label}_sum"].to_numpy() if feature.label else np.zeros(len(count))
     flat = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
     keys = Vocabulary.fit(flat, count.astype(np.int64))
-    return Statistics(keys, *_running(keys.lookup(values), table["day"].to_numpy(), count, positives), prior)
+    key_rows, days = keys.lookup(values), table["day"].to_numpy()
+    trained = np.asarray(pc.equal(table["period"], TRAIN))
+    asked = np.where(trained, table["rows"].to_numpy(), 0)
+    stats = Statistics(keys, *_running(key_rows, days, count, positives), prior)
+    return stats, (key_rows, days, asked)
+
+
+def _fit_scale(
+    feature: Statistic, stats: Statistics, key_rows: np.ndarray, days: np.ndarray, asked: np.ndarray
+) -> Scale:
+    return Scale.fit(statistic(feature, stats, key_rows, days).astype(np.float64), asked, log=False)
 
 
 def _running(

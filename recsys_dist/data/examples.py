@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from recsys_dist.data import transforms
 from recsys_dist.data.counts import is_positive
-from recsys_dist.data.encoders import Encoders
+from recsys_dist.data.encoders import Encoders, statistic
 from recsys_dist.data.entities import Entities
 from recsys_dist.data.histories import Timeline
 from recsys_dist.data.split import SPLITS, Split
@@ -156,7 +156,8 @@ class _Builder:
                 return self.world.encoders.encode(feature, self.asked[feature.column])
 
     def _statistic(self, feature: Statistic) -> np.ndarray:
-        stats = self.world.encoders.statistics[feature.name]
+        encoders = self.world.encoders
+        stats = encoders.statistics[feature.name]
         match side(feature.key):
             case "user":
                 keys = self.world.user_inputs[feature.name][self.user]
@@ -165,10 +166,8 @@ class _Builder:
             case "context":
                 keys = stats.keys.lookup(self.asked[feature.key])
         today = transforms.day(self.timestamp_us, self.schema.utc_offset_hours)
-        count, positives = stats.before(keys, np.minimum(today, self.world.encoders.freeze_day))
-        if feature.label is None:
-            return transforms.past_count(count)
-        return transforms.past_rate(count, positives, stats.prior, feature.smoothing)
+        past = statistic(feature, stats, keys, np.minimum(today, encoders.freeze_day))
+        return transforms.scaled(past, encoders.scales[feature.name])
 
     def _sequence(self, feature: Sequence) -> pa.Array:
         wanted = self.is_event

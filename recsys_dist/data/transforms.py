@@ -37,7 +37,12 @@ class Scale:
 
 def standardise(column: pa.Array | pa.ChunkedArray, scale: Scale) -> np.ndarray:
     """[n] float32; a missing value becomes 0, the mean."""
-    x = _logged(floats(column), scale.log)
+    return scaled(floats(column), scale)
+
+
+def scaled(values: np.ndarray, scale: Scale) -> np.ndarray:
+    """[n] float32 (x - mean) / deviation of values [n]; NaN becomes 0, the mean."""
+    x = _logged(values, scale.log)
     return np.nan_to_num((x - scale.mean) / scale.deviation, nan=0.0).astype(np.float32)
 
 

@@ -15,7 +15,7 @@ from recsys_dist.data.counts import Counts
 from recsys_dist.data.entities import Entities
 from recsys_dist.data.examples import World, examples, features, sort_events, user_states
 from recsys_dist.data.split import Split
-from recsys_dist.schema import Schema
+from recsys_dist.schema import Schema, Statistic
 from tests.data.small_log import FIRST_DAY, SCHEMA, events, items, users
 
 SPLIT = Split(valid_from=FIRST_DAY + dt.timedelta(days=5), test_from=FIRST_DAY + dt.timedelta(days=6))
@@ -91,6 +91,10 @@ def test_every_feature_equals_a_computation_row_by_row(log: pa.Table, world: Wor
             "genre_rate": smoothed([r for r in days if genre(row) and genre(r) == genre(row)], prior),
             "device_rate": smoothed([r for r in days if row["device"] == r["device"] != None], prior),  # noqa: E711
         }
+        for feature in SCHEMA.features:
+            if isinstance(feature, Statistic):  # standardised over training rows; the scale has its own test
+                scale = world.encoders.scales[feature.name]
+                want[feature.name] = (want[feature.name] - scale.mean) / scale.deviation
         age = age_of.get(row["user_id"])
         want["age"] = 0.0 if age is None else (age - np.mean(ages)) / np.std(ages)
         for name, value in want.items():
@@ -140,7 +144,9 @@ def test_user_states_are_the_users_as_the_split_begins(log: pa.Table, world: Wor
         assert state["seen"] == sorted(row_of(world, "item", i) for i in {r["item_id"] for r in past})
         clicked = [r for r in past if r["click"]][-3:]
         assert state["clicked"] == [row_of(world, "item", r["item_id"]) for r in clicked]
-        assert state["user_count"] == pytest.approx(math.log1p(len(past)))
+        scale = world.encoders.scales["user_count"]
+        count = state["user_count"] * scale.deviation + scale.mean
+        assert count == pytest.approx(math.log1p(len(past)), abs=1e-5)
 
 
 def test_examples_of_ranking_are_exposures_and_of_recall_positives(log: pa.Table, world: World) -> None:
@@ -149,6 +155,19 @@ def test_examples_of_ranking_are_exposures_and_of_recall_positives(log: pa.Table
     positive = sum(bool(r["click"] or r["like"]) for r in log.to_pylist())
     assert pc.sum(made["weight"]).as_py() == positive
     assert len(set(made["order"].to_pylist())) > 0.95 * len(made)
+
+
+def test_statistics_are_standard_over_training_rows(log: pa.Table, world: World) -> None:
+    rows = log.filter(pc.less(log["date"], pa.scalar(SPLIT.valid_from)))
+    of = np.flatnonzero(~np.asarray(rows["history"]))
+    made = features(rows, world, of)
+    for feature in SCHEMA.features:
+        if isinstance(feature, Statistic):
+            values = made[feature.name].to_numpy()
+            if feature.key == "device":  # null is not counted, and stands at a rate of the prior
+                values = values[np.asarray(pc.is_valid(rows["device"].take(pa.array(of))))]
+            assert values.mean() == pytest.approx(0, abs=1e-4), feature.name
+            assert values.std() == pytest.approx(1, abs=1e-4), feature.name
 
 
 def test_encoders_survive_their_files(world: World, tmp_path: Any) -> None:

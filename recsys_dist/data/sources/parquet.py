@@ -40,6 +40,7 @@ from recsys_dist.data.sources import files
 from recsys_dist.data.sources.protocol import Part, SourceConfig
 from recsys_dist.errors import ConfigError, SourceError
 from recsys_dist.schema import (
+    RESERVED,
     AnyFeature,
     Bucketed,
     Categorical,
@@ -125,7 +126,7 @@ class Source:
         if ranking is None:
             raise ConfigError("columns.labels has no binary label; give one, by `at_least` if need be")
         positive = self.cfg.recall_positive or (ranking,)
-        taken = {label.name for label in labels}
+        taken = {label.name for label in labels} | RESERVED
         features = self.cfg.features or _renamed(_derived(self, ranking, positive), taken)
         return Schema.parse(
             {

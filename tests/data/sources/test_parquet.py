@@ -257,4 +257,4 @@ def test_mistakes_in_the_mapping_are_named(mine: Path) -> None:
 def test_derived_names_never_collide(mine: Path) -> None:
     (mine / "users.csv").write_text("uid,id,count\n0,5,1.5\n1,5,2.5\n2,6,3.5\n")
     names = [feature.name for feature in opened(mine).schema().features]
-    assert {"user_id", "user_id_2", "user_count", "user_count_2"} <= set(names)
+    assert {"user", "user_id_2", "user_count", "user_count_2"} <= set(names)

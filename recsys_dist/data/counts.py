@@ -53,12 +53,13 @@ class Counts:
 
     @classmethod
     def merge(cls, parts: Iterable["Counts"]) -> "Counts":
-        """Add up counts of disjoint sets of events."""
+        """Add up counts of disjoint sets of events; in one order, as what is fitted on them rounds by it."""
         tables: dict[str, list[pa.Table]] = {}
         for part in parts:
             for column, table in part.by_column.items():
                 tables.setdefault(column, []).append(table)
-        return cls({column: _sum(pa.concat_tables(found)) for column, found in tables.items()})
+        order = [(name, "ascending") for name in ("value", "day", "period")]
+        return cls({column: _sum(pa.concat_tables(found)).sort_by(order) for column, found in tables.items()})
 
     def totals(self, column: str, periods: tuple[str, ...], of: str = "rows") -> pa.Table:
         """`value, total` by value: how often it occurred in the periods; `of` may be `<label>_sum`."""

@@ -70,6 +70,15 @@ def test_counts_of_parts_add_up_to_those_of_the_whole() -> None:
         assert left["watch_ms_sum"].to_numpy() == pytest.approx(right["watch_ms_sum"].to_numpy())
 
 
+def test_merged_counts_do_not_depend_on_the_order_of_the_parts() -> None:
+    log = events()
+    parts = [Counts.of(log.slice(start, 60), SCHEMA, SPLIT) for start in range(0, len(log), 60)]
+    there, back = Counts.merge(parts), Counts.merge(parts[::-1])
+    for column, table in there.by_column.items():
+        exact = [name for name in table.column_names if name != "watch_ms_sum"]
+        assert table.select(exact).equals(back.by_column[column].select(exact))
+
+
 def test_a_label_known_of_no_row_has_an_even_prior() -> None:
     log = events()
     unknown = log.set_column(log.column_names.index("click"), "click", pa.nulls(len(log), pa.int8()))

@@ -223,6 +223,7 @@ def _features() -> Iterator[AnyFeature]:
         ("tag", "items.tag"),
         ("tab", "tab"),
     ):
+        smoothing = 5.0 if name == "user" else 20.0
         yield Statistic(name=f"{name}_count", key=key)
-        yield Statistic(name=f"{name}_long_view_rate", key=key, label="long_view")
-        yield Statistic(name=f"{name}_click_rate", key=key, label="click")
+        yield Statistic(name=f"{name}_long_view_rate", key=key, label="long_view", smoothing=smoothing)
+        yield Statistic(name=f"{name}_click_rate", key=key, label="click", smoothing=smoothing)

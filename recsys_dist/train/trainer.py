@@ -1,5 +1,6 @@
 """The driver of a training run: a TorchTrainer, its progress, and how it goes on after any interruption."""
 
+import concurrent.futures
 import contextlib
 import json
 import logging
@@ -32,7 +33,7 @@ _POLL_S = 0.3
 
 @dataclass(frozen=True)
 class FitResult:
-    """A finished run. `history` has an entry per epoch of choosing: loss, rows, seconds, metrics.
+    """A finished run. `history` has an entry per epoch of choosing: loss, trained_rows, seconds, metrics.
 
     seconds     of training, over all epochs of both phases, without validation
     rows_per_s  trained rows a second, over all workers
@@ -134,13 +135,13 @@ def _check_cluster(cfg: TrainConfig) -> None:
 def _reports(file: Path, on_report: OnReport | None) -> Iterator[None]:
     """Follow the progress file until the block ends: a bar on a terminal, and `on_report`."""
     done = threading.Event()
-    thread = threading.Thread(target=_follow, args=(file, on_report, done), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        followed = pool.submit(_follow, file, on_report, done)
+        try:
+            yield
+        finally:
+            done.set()
+        followed.result()  # what `on_report` raised, it raises here
 
 
 def _follow(file: Path, on_report: OnReport | None, done: threading.Event) -> None:

@@ -98,7 +98,7 @@ class Run:
                 "chosen_epoch": epoch,
                 "history": history,
                 "seconds": seconds,
-                "rows_per_s": sum(entry["rows"] for entry in trained) / seconds,
+                "rows_per_s": sum(entry["trained_rows"] for entry in trained) / seconds,
             }
             checkpoints.write_synced(self.path / RESULT, json.dumps(result))
         self.workers.gather(None)
@@ -123,13 +123,14 @@ class Run:
             epoch = manifest.epoch + 1
             totals = self._train(phase, feed, epochs[epoch], sharded, manifest)
             metrics = self._validate(phase, feed, valid, sharded)
-            entry = {"epoch": epoch, "loss": totals.loss, "rows": totals.rows, "seconds": totals.seconds}
+            trained = {"trained_rows": totals.rows, "seconds": totals.seconds, "loader_s": totals.loader_s}
+            entry = {"epoch": epoch, "loss": totals.loss, **trained, **metrics}
             manifest = Manifest.parse(
                 {
                     **manifest.model_dump(),
                     "epoch": epoch,
                     "step": manifest.step + totals.steps,
-                    "history": [*manifest.history, {**entry, "loader_s": totals.loader_s, **metrics}],
+                    "history": [*manifest.history, entry],
                 }
             )
             committed = self._commit(phase, sharded, catalogue, manifest)

@@ -1,0 +1,200 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from recsys_dist.data.collate import collate
+from recsys_dist.data.prepared import Prepared
+from recsys_dist.errors import ConfigError, DataError, NonFiniteLossError
+from recsys_dist.metrics import RankingState
+from recsys_dist.train import trainer
+from recsys_dist.train.checkpoint import load_for_inference
+from recsys_dist.train.settings import TrainConfig
+from recsys_dist.train.validate import user_keys
+from tests.train import prepared
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return prepared.make(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def config(data: Path, **settings) -> TrainConfig:
+    base = {
+        "data": str(data),
+        "model": {"name": "wide_deep", "embedding_dim": 8, "hidden": [16]},
+        "batch_rows": 64,
+        "num_workers": 2,
+        "epochs": 2,
+        "patience": 2,
+        "max_failures": 1,
+        "optimizer": {"deep": {"lr": 0.3}, "wide": {"lr": 0.3}, "dense": {"lr": 0.01}},
+    }
+    return TrainConfig.parse({**base, **settings})
+
+
+def weights(checkpoint: Path) -> dict[str, np.ndarray]:
+    model, _ = load_for_inference(checkpoint)
+    return {name: value.numpy() for name, value in model.state_dict().items()}
+
+
+def assert_same(one: Path, other: Path) -> None:
+    expected = weights(one)
+    for name, value in weights(other).items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
+@pytest.mark.ray
+@pytest.mark.e2e
+def test_a_run_from_shards_to_a_checkpoint(cluster, data, tmp_path):
+    lines = []
+    result = trainer.fit(config(data, refit=False), tmp_path, on_report=lines.append)
+    assert [entry["trained_rows"] for entry in result.history] == [sum(prepared.SPLITS["train"])] * 2
+    assert result.history[-1]["auc"] > 0.6
+    assert [line["epoch"] for line in lines if line["kind"] == "epoch"] == [1, 2]
+    assert sum(line["kind"] == "curve" for line in lines) > 10
+    best = result.history[result.chosen_epoch - 1]
+    assert best["auc"] == max(entry["auc"] for entry in result.history)
+
+    model, manifest = load_for_inference(result.checkpoint)  # the same metric, recomputed in one process
+    assert manifest.epoch == result.chosen_epoch
+    tables = [pq.read_table(file) for file in Prepared.open(data).files("ranking/valid")]
+    states = [
+        RankingState(
+            model(collate(table, manifest.data_schema)).detach().numpy(),
+            table["click"].to_numpy(),
+            user_keys(table["user_id"]),
+        )
+        for table in tables
+    ]
+    found = states[0].merge(*states[1:]).compute()
+    for name in ("auc", "gauc", "logloss", "rows", "users"):
+        assert best[name] == pytest.approx(found[name], rel=1e-5), name
+
+    began = time.perf_counter()
+    assert trainer.fit(config(data, refit=False), tmp_path).checkpoint == result.checkpoint
+    assert time.perf_counter() - began < 2, "a finished run returns at once"
+
+
+@pytest.mark.ray
+@pytest.mark.e2e
+def test_a_recall_model_is_validated_over_the_whole_catalogue_and_refitted(cluster, data, tmp_path):
+    cfg = config(
+        data, model={"name": "youtubednn", "embedding_dim": 8, "output_dim": 8, "negatives": 16}, epochs=1
+    )
+    result = trainer.fit(cfg, tmp_path)
+    assert 0 < result.history[0]["recall@100"] <= 1
+    assert (result.history[0]["users"], result.history[0]["pairs"]) == (30, 60)
+    _, manifest = load_for_inference(result.checkpoint)
+    assert manifest.phase == "refit"
+    assert manifest.history[0]["trained_rows"] == sum(map(sum, prepared.SPLITS.values()))
+
+
+@pytest.mark.ray
+@pytest.mark.e2e
+def test_killed_and_started_again_is_the_uninterrupted_run(cluster, data, tmp_path):
+    cfg = config(data, epochs=3, patience=3)
+    uninterrupted = trainer.fit(cfg, tmp_path / "a")
+    script = f"""
+from recsys_dist.train import trainer
+from recsys_dist.train.settings import TrainConfig
+trainer.fit(TrainConfig.parse({cfg.model_dump(mode="json")!r}), {str(tmp_path / "b")!r})
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL)
+    run = trainer.run_directory(cfg, Prepared.open(data), tmp_path / "b")
+    deadline = time.monotonic() + 120
+    while not list(run.glob("choose/epoch-0001-*/manifest.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run / "result.json").exists()
+    resumed = trainer.fit(cfg, tmp_path / "b")
+    assert_same(uninterrupted.checkpoint, resumed.checkpoint)
+    assert [e["auc"] for e in resumed.history] == [e["auc"] for e in uninterrupted.history]
+
+
+@pytest.mark.ray
+@pytest.mark.e2e
+def test_a_killed_worker_is_replaced(cluster, data, tmp_path):
+    cfg = config(data, refit=False)
+    uninterrupted = trainer.fit(cfg, tmp_path / "a")
+    killed = []
+
+    def kill_one(line) -> None:
+        if line["kind"] == "epoch" and not killed:
+            killed.append(worker_pid())
+            os.kill(killed[0], signal.SIGKILL)
+
+    resumed = trainer.fit(cfg, tmp_path / "b", on_report=kill_one)
+    assert killed
+    assert_same(uninterrupted.checkpoint, resumed.checkpoint)
+
+
+def worker_pid() -> int:
+    """Of one training worker of this test's own cluster: a child of its raylet."""
+    [raylet] = ray._private.worker._global_node.all_processes["raylet"]
+    found = Path(f"/proc/{raylet.process.pid}/task/{raylet.process.pid}/children").read_text().split()
+    titles = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in found}
+    return next(pid for pid, title in titles.items() if b"RayTrainWorker" in title)
+
+
+@pytest.mark.ray
+@pytest.mark.e2e
+def test_a_nan_ends_the_run_once_and_names_the_row(cluster, tmp_path):
+    data = prepared.make(tmp_path / "data", bad_row=7)
+    with pytest.raises(NonFiniteLossError, match=r"1 of its \d+ rows: shard 1 row 7.*ranking/train/part-"):
+        trainer.fit(config(data, max_failures=3), tmp_path / "out")
+
+
+def test_more_workers_than_cpus(cluster, data, tmp_path):
+    with pytest.raises(ConfigError, match=r"need 64 CPUs and the cluster has 2; take fewer workers"):
+        trainer.fit(config(data, num_workers=64), tmp_path)
+
+
+def test_settings_that_do_not_go_together_are_refused_before_anything_starts(data, tmp_path):
+    def message(**settings) -> str:
+        with pytest.raises(ConfigError) as error:
+            trainer.fit(config(data, **settings), tmp_path)
+        return str(error.value)
+
+    assert "batch_rows=64 is not divisible by num_workers=3; nearest is 63" in message(num_workers=3)
+    assert "'recall@100' is not one of a ranking model; take auc or" in message(metric="recall@100")
+    assert "did you mean 'click'" in message(label="clik")
+    assert "did you mean 'wide_deep'" in message(model={"name": "wide_dep"})
+    assert "did you mean 'hidden'" in message(model={"name": "wide_deep", "hiden": [1]})
+    assert "label is for ranking models" in message(model={"name": "youtubednn"}, label="click")
+
+
+def test_data_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match="holds no prepared data"):
+        trainer.fit(config(tmp_path), tmp_path)
+
+
+def test_a_run_is_known_by_what_it_learns_not_by_where(data):
+    digest = config(data).run_digest("d")
+    assert config(data, num_workers=1, threads_per_worker=2, max_failures=0).run_digest("d") == digest
+    assert config(data, seed=1).run_digest("d") != digest
+    assert config(data).run_digest("other data") != digest
+
+
+def test_the_logged_config_is_the_config(data):
+    cfg = config(data)
+    assert TrainConfig.parse(json.loads(cfg.model_dump_json())) == cfg

@@ -12,8 +12,13 @@ from recsys_dist.train.settings import TrainConfig
 _PREPARED = "runs/data"  # where jobs.prepare's examples write
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "wide_deep": {"model": {"name": "wide_deep"}},
-    "youtubednn": {"model": {"name": "youtubednn"}},
+    "wide_deep": {
+        "model": {"name": "wide_deep"},
+        "batch_rows": 1024,
+        "epochs": 3,
+        "optimizer": {"wide": {"lr": 0.01}},
+    },
+    "youtubednn": {"model": {"name": "youtubednn"}, "batch_rows": 1024, "epochs": 4},
 }
 
 HELP = """Trains a model on prepared data, on any number of workers.

@@ -25,7 +25,7 @@ from recsys_dist.errors import ConfigError
 from recsys_dist.models.layers import DIM_UNIT, MLP, Activation, embedding_tables, normal, pooled
 from recsys_dist.models.losses import sampled_softmax
 from recsys_dist.models.protocol import Catalogue, ModelConfig, Task
-from recsys_dist.schema import Schema
+from recsys_dist.schema import AnyFeature, Categorical, Schema
 
 _LOOKUP_ROWS = 65_536  # item_vectors looks the table up in blocks: the all-to-all's buffers stay bounded
 
@@ -33,7 +33,7 @@ _LOOKUP_ROWS = 65_536  # item_vectors looks the table up in blocks: the all-to-a
 class Config(ModelConfig):
     name: Literal["youtubednn"] = "youtubednn"
     features: tuple[str, ...] | None = Field(
-        None, description="user and context features to read; None reads all of them"
+        None, description="user and context features to read; None reads the user's, but not her bare id"
     )
     embedding_dim: int = Field(
         64, ge=1, multiple_of=DIM_UNIT, description="of input tables that a sequence is looked up in"
@@ -99,12 +99,13 @@ class Model(nn.Module):
 
     @staticmethod
     def inputs(schema: Schema, cfg: Config) -> Schema:
-        """User and context features and the item's id; ConfigError where there is no history of items."""
-        mine = [f.name for f in schema.features if "item" not in schema.sides(f)]
+        """The tower's features and the item's id; ConfigError where there is no history of items."""
         for name in cfg.features or ():
-            if schema[name].name not in mine:
+            if "item" in schema.sides(schema[name]):
                 raise ConfigError(f"youtubednn: {name!r} belongs to the item; a user tower cannot read it")
-        chosen = mine if cfg.features is None else [*cfg.features]
+        chosen = (
+            [f.name for f in schema.features if _of_user(f, schema)] if cfg.features is None else cfg.features
+        )
         of = {schema.table(f) for f in schema.sequences if f.name in chosen}
         if not of:
             raise ConfigError("youtubednn: needs a sequence feature, the user's past items, and has none")
@@ -158,6 +159,12 @@ class Model(nn.Module):
         jagged = KeyedJaggedTensor(keys=[self.item], values=ids, lengths=lengths)
         vectors = self.item_tables(jagged).values()
         return F.normalize(vectors, dim=1) if self.cfg.normalise else vectors
+
+
+def _of_user(feature: AnyFeature, schema: Schema) -> bool:
+    """What is known of a user before a request: no context, and (as in the paper) no id to memorise."""
+    bare_id = isinstance(feature, Categorical) and feature.column == "user_id"
+    return schema.sides(feature) == {"user"} and not bare_id
 
 
 def negative_distribution(positives_I: torch.Tensor, alpha: float) -> np.ndarray:

@@ -153,8 +153,9 @@ def _data_sentence(prepared: Prepared) -> str:
     rows = {name: shards.total_rows for name, shards in prepared.manifest.splits.items()}
     split = prepared.manifest.config["split"]
     return (
-        f"Learned from {rows['ranking/train'] + rows['ranking/valid']:,} exposures before {split['test_from']}, "
-        f"tested on the {rows['ranking/test']:,} that followed, which no model or vocabulary had seen."
+        f"Learned from {rows['ranking/train'] + rows['ranking/valid']:,} exposures before "
+        f"{split['test_from']}, tested on the {rows['ranking/test']:,} that followed, which no model or "
+        "vocabulary had seen."
     )
 
 
@@ -169,8 +170,8 @@ def _ranking_sentences(ranking: dict[str, Any]) -> Iterator[str]:
         f"{encoding['gauc']:.4f})."
     )
     if "bayes" in ranking:
-        best = ranking["bayes"]["auc"]
-        yield f"The simulator's own probabilities reach {best:.4f}: {best - ranking['auc']:.4f} are left to learn."
+        best, left = ranking["bayes"]["auc"], ranking["bayes"]["auc"] - ranking["auc"]
+        yield f"The simulator's own probabilities reach {best:.4f}: {left:.4f} are left to learn."
 
 
 def _recall_sentences(recall: dict[str, Any]) -> Iterator[str]:

@@ -103,9 +103,8 @@ def _recall(recall: Mapping[str, Any] | None) -> Iterator[str]:
 def _rows_of(section: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, Mapping[str, Any]]:
     """The model first, then every baseline: whatever in the section has the same metrics."""
     rows: dict[str, Mapping[str, Any]] = {str(section.get("model", "model")): section}
-    nested = {**section, **section.get("baselines", {})}
-    for name, values in nested.items():
-        if isinstance(values, Mapping) and any(metric in values for metric in metrics):
+    for name, values in section.items():
+        if name != "intervals" and isinstance(values, Mapping) and any(metric in values for metric in metrics):
             rows[name.replace("_", " ")] = values
     return rows
 

@@ -104,7 +104,11 @@ def _rows_of(section: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, Ma
     """The model first, then every baseline: whatever in the section has the same metrics."""
     rows: dict[str, Mapping[str, Any]] = {str(section.get("model", "model")): section}
     for name, values in section.items():
-        if name != "intervals" and isinstance(values, Mapping) and any(metric in values for metric in metrics):
+        if (
+            name != "intervals"
+            and isinstance(values, Mapping)
+            and any(metric in values for metric in metrics)
+        ):
             rows[name.replace("_", " ")] = values
     return rows
 

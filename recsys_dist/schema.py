@@ -16,7 +16,9 @@ Side = Literal["user", "item", "context"]
 
 
 # Columns that prepared data has beside features and labels.
-RESERVED = frozenset({"user_id", "item_id", "timestamp", "row_id", "weight", "truth", "seen", "bayes_probability"})
+RESERVED = frozenset(
+    {"user_id", "item_id", "timestamp", "row_id", "weight", "truth", "seen", "bayes_probability"}
+)
 
 
 class Feature(Config):
@@ -128,6 +130,9 @@ class Schema(Config):
         le=1,
         description="weight in recall training of an event without such a label, beside 1 with one: where a "
         "recommender chose what to show, being shown an item tells of interest too; 0 leaves these out",
+    )
+    recall_repeats: bool = Field(
+        False, description="learn to recall items that the user was shown before; recall leaves those out"
     )
     utc_offset_hours: float = Field(0.0, ge=-12, le=14, description="local time of hour, weekday and day")
 

@@ -14,7 +14,7 @@ def small_schema() -> Schema:
     """Every kind of input a model can meet: ids of all sides, a cross, two sequences, two floats."""
     schema = Schema(
         features=(
-            Categorical(name="user", column="user_id"),
+            Categorical(name="user", column="users.household"),
             Categorical(name="item", column="item_id"),
             Categorical(name="author", column="items.author_id"),
             Time(name="hour", part="hour"),

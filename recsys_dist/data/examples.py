@@ -57,12 +57,15 @@ def examples(events: pa.Table, world: World, split: Split) -> pa.Table:
     """Every event that is an example, with features, labels, `split`, `ranking`, `weight` and `order`.
 
     ranking  bool: an exposure of the log itself; history rows, whose context is unknown, are not
-    weight   float32 as an example of recall: 1 for a positive, `schema.recall_exposure_weight` for others
+    weight   float32 as an example of recall: 1 for a positive, `schema.recall_exposure_weight` for others,
+             0 for an item that the user was shown before (unless `schema.recall_repeats`)
     order    a hash of user, item and time: sorting by it shuffles the log alike in every run
     """
     schema = world.encoders.schema
     ranking = ~np.asarray(events["history"])
     weight = np.where(is_positive(events, schema), 1.0, schema.recall_exposure_weight)
+    if not schema.recall_repeats:
+        weight[_repeats(events)] = 0.0
     of = np.flatnonzero(ranking | (weight > 0))
     made = events.take(pa.array(of))
     columns: dict[str, pa.Array | pa.ChunkedArray] = dict(features(events, world, of))
@@ -208,6 +211,17 @@ def _rows_per_user(
     order = np.lexsort((found[kept], at[kept]))
     offsets = np.r_[0, np.cumsum(np.bincount(at[kept], minlength=len(users)))]
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(found[kept][order]))
+
+
+def _repeats(events: pa.Table) -> np.ndarray:
+    """[n] bool: the user was shown the item in an earlier row."""
+    codes = [
+        np.asarray(events[n].combine_chunks().dictionary_encode().indices) for n in ("user_id", "item_id")
+    ]
+    pair = codes[0].astype(np.int64) << 32 | codes[1]
+    repeated = np.ones(len(pair), bool)
+    repeated[np.unique(pair, return_index=True)[1]] = False
+    return repeated
 
 
 def _order(events: pa.Table) -> np.ndarray:

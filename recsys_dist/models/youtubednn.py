@@ -25,7 +25,7 @@ from recsys_dist.errors import ConfigError
 from recsys_dist.models.layers import DIM_UNIT, MLP, Activation, embedding_tables, normal, pooled
 from recsys_dist.models.losses import sampled_softmax
 from recsys_dist.models.protocol import Catalogue, ModelConfig, Task
-from recsys_dist.schema import AnyFeature, Categorical, Schema
+from recsys_dist.schema import AnyFeature, Categorical, Schema, Statistic
 
 _LOOKUP_ROWS = 65_536  # item_vectors looks the table up in blocks: the all-to-all's buffers stay bounded
 
@@ -81,7 +81,8 @@ class Model(nn.Module):
             for f in read
         }
         self.tables = embedding_tables(schema, read, dims, normal(cfg.embedding_std))
-        inputs = sum(dims[schema.table(f)] for f in read) + len(schema.dense)
+        self.sequences = [feature.name for feature in schema.sequences]
+        inputs = sum(dims[schema.table(f)] for f in read) + len(schema.dense) + len(self.sequences)
         if cfg.output_activation:
             self.tower = MLP(inputs, (*cfg.hidden, cfg.output_dim), cfg.activation, cfg.dropout)
         else:
@@ -114,7 +115,9 @@ class Model(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """[B, D] user vectors; with `item_bias` [B, D + 4]: the inner product adds the mean of 4 weights."""
         embedded = pooled(self.tables(batch.sparse), self.names)
-        user_BD = self.tower(torch.cat([embedded, batch.dense], dim=1))
+        # a mean of one video and of fifty look alike; how long each history is tells them apart
+        lengths = [torch.log1p(batch.sparse[name].lengths().float()) for name in self.sequences]
+        user_BD = self.tower(torch.cat([embedded, batch.dense, torch.stack(lengths, dim=1) / 4], dim=1))
         if self.cfg.normalise:
             return F.normalize(user_BD, dim=1)
         return F.pad(user_BD, (0, DIM_UNIT), value=1 / DIM_UNIT) if self.cfg.item_bias else user_BD
@@ -162,9 +165,13 @@ class Model(nn.Module):
 
 
 def _of_user(feature: AnyFeature, schema: Schema) -> bool:
-    """What is known of a user before a request: no context, and (as in the paper) no id to memorise."""
+    """What is known of a user before a request: no context, and (as in the paper) no id to memorise.
+
+    Running statistics are left out too: they grow over the days of training, and stand beyond what
+    training saw when the test begins.
+    """
     bare_id = isinstance(feature, Categorical) and feature.column == "user_id"
-    return schema.sides(feature) == {"user"} and not bare_id
+    return schema.sides(feature) == {"user"} and not bare_id and not isinstance(feature, Statistic)
 
 
 def negative_distribution(positives_I: torch.Tensor, alpha: float) -> np.ndarray:

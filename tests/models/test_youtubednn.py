@@ -21,10 +21,13 @@ def build(cfg: Config) -> tuple[Model, list[str]]:
     return model, [feature.name for feature in schema.features]
 
 
-def test_reads_users_and_context_never_the_target() -> None:
-    model, read = build(Config())
+def test_reads_users_and_named_context_never_the_target() -> None:
+    _, read = build(Config())
+    assert read == ["user", "item", "author", "watched", "watched_authors", "age"]
+    cfg = Config(features=("user", "hour", "watched", "watched_authors", "age"))
+    model, read = build(cfg)
     assert read == ["user", "item", "author", "hour", "watched", "watched_authors", "age"]
-    schema = Model.inputs(small_schema(), Config())
+    schema = Model.inputs(small_schema(), cfg)
     fixed = {"user": np.arange(1, 9), "hour": np.arange(1, 9), "age": np.arange(8.0)}
     scores = []
     for target in (1, 5):  # another target item and author, the same user

@@ -18,7 +18,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "epochs": 3,
         "optimizer": {"wide": {"lr": 0.01}},
     },
-    "youtubednn": {"model": {"name": "youtubednn"}, "batch_rows": 1024, "epochs": 4},
+    "youtubednn": {"model": {"name": "youtubednn"}, "batch_rows": 2048, "epochs": 2},
 }
 
 HELP = """Trains a model on prepared data, on any number of workers.

@@ -90,6 +90,7 @@ class Source:
             ),
             ranking_label="click",
             recall_positive=("long_view", "like"),
+            recall_exposure_weight=0.3,
             utc_offset_hours=8,
         )
 

@@ -1,3 +1,6 @@
+import itertools
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -50,8 +53,13 @@ def row_ids(tables) -> list[list[int]]:
     return [table["row_id"].to_pylist() for table in tables]
 
 
+def flat(lists: list[list]) -> list:
+    return list(itertools.chain.from_iterable(lists))
+
+
 @pytest.mark.ray
-def test_epochs_follow_each_other_with_full_batches_and_every_row_once(cluster, files):
+@pytest.mark.usefixtures("cluster")
+def test_epochs_follow_each_other_with_full_batches_and_every_row_once(files):
     [share] = deal(files, ["row_id", "weight"], 1)
     epochs = [shuffled(share, 5, epoch) for epoch in (1, 2, 3)]
     feed = Feed([piece for epoch in epochs for piece in epoch])
@@ -59,22 +67,24 @@ def test_epochs_follow_each_other_with_full_batches_and_every_row_once(cluster, 
     everything = sorted((number << 32) + row for number, (_, rows) in enumerate(files) for row in range(rows))
     for batches in found:
         assert [len(batch) for batch in batches] == [48, 48, 48, 16]
-        assert sorted(sum(batches, [])) == everything
-    assert len({tuple(sum(batches, [])) for batches in found}) == 3
+        assert sorted(flat(batches)) == everything
+    assert len({tuple(flat(batches)) for batches in found}) == 3
     again = Feed(epochs[1])
     assert row_ids(again.take(epochs[1], 48)) == found[1]
 
 
 @pytest.mark.ray
-def test_workers_share_an_epoch(cluster, files):
+@pytest.mark.usefixtures("cluster")
+def test_workers_share_an_epoch(files):
     shares = deal(files, ["row_id"], 3)
-    found = [sum(row_ids(Feed(shuffled(s, 0, 1)).take(s, 16)), []) for s in shares]
-    assert sorted(sum(found, [])) == sorted(sum(row_ids(Feed(sum(shares, [])).take(sum(shares, []), 16)), []))
+    found = [flat(row_ids(Feed(shuffled(s, 0, 1)).take(s, 16))) for s in shares]
+    assert sorted(flat(found)) == sorted(flat(row_ids(Feed(flat(shares)).take(flat(shares), 16))))
     assert sorted(map(len, found)) == [53, 53, 54]
 
 
 @pytest.mark.ray
-def test_lists_travel_with_their_rows(cluster, files):
+@pytest.mark.usefixtures("cluster")
+def test_lists_travel_with_their_rows(files):
     [share] = deal(files[:1], [], 1)
     [table] = Feed(shuffled(share, 0, 1)).take(share, 1000)
     for row_id, values in zip(table["row_id"].to_pylist(), table["lists"].to_pylist(), strict=True):
@@ -82,12 +92,13 @@ def test_lists_travel_with_their_rows(cluster, files):
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("damage", ["missing", "cut", "short"])
-def test_a_damaged_shard_is_named(cluster, tmp_path, files, damage):
+def test_a_damaged_shard_is_named(tmp_path, files, damage):
     file = tmp_path / "part-00009.parquet"
-    content = open(files[0][0], "rb").read()
+    content = Path(files[0][0]).read_bytes()
     if damage != "missing":
         file.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
     piece = Piece(str(file), 0, 101 if damage == "short" else 100)
-    with pytest.raises(DataError, match="part-00009.parquet"):
+    with pytest.raises(DataError, match=r"part-00009\.parquet"):
         list(Feed([piece]).take([piece], 8))

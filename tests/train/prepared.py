@@ -1,4 +1,4 @@
-"""A prepared data set made by hand: shards with a structure that a model can learn, a manifest, a catalogue."""
+"""A prepared data set made by hand: shards that a model can learn from, a manifest, a catalogue."""
 
 from pathlib import Path
 

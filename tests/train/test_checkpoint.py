@@ -39,7 +39,7 @@ def sharded_model(kind: dict, optimizer=ROWWISE):
 def one_epoch(rank: int, world: int, sharded) -> None:
     rows = 24 // world
     epoch = Epoch(sharded.model, sharded.optimizers, idle_batch(tiny.schema(), rows), Workers())
-    train(epoch, local_batches(rank, world, rows))
+    train(epoch, local_batches(rank, rows))
 
 
 def state(sharded) -> dict[str, np.ndarray]:
@@ -132,7 +132,10 @@ def test_inference_needs_one_process(saved, monkeypatch):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("damage", ["no manifest", "cut manifest", "missing file", "short file", "one bit"])
-def test_a_torn_checkpoint_is_passed_over_by_name(root, damage, caplog):
+def test_a_torn_checkpoint_is_passed_over_by_name(root, damage, caplog, monkeypatch):
+    monkeypatch.setattr(
+        checkpoints.log, "disabled", False
+    )  # import-linter, in its test, disables all loggers
     newest = max(root.iterdir())
     file = max(newest.glob("*.distcp"), key=lambda f: f.stat().st_size)
     content = bytearray(file.read_bytes())

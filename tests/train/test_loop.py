@@ -35,7 +35,7 @@ def with_ids(batch, first: int):
     return batch
 
 
-def uneven(rank: int, world: int, counts: list[list[int]]) -> tuple[list[int], int, int, float]:
+def uneven(rank: int, counts: list[list[int]]) -> tuple[list[int], int, int, float]:
     """This rank trains `counts[rank]` batches of so many rows; returns its rows, and the global totals."""
     torch.manual_seed(0)
     loss = Remembering(tiny.Model(tiny.Config(), tiny.schema()))
@@ -54,7 +54,7 @@ def uneven(rank: int, world: int, counts: list[list[int]]) -> tuple[list[int], i
     "counts", [[[8, 8, 8, 3], [8]], [[8], []], [[], [5]], [[8, 8], [8, 7], [8, 8, 8, 8]]]
 )
 def test_uneven_shards_train_each_row_once_and_do_not_hang(counts):
-    found = run_ranks(len(counts), uneven, len(counts), counts, timeout_s=60)
+    found = run_ranks(len(counts), uneven, counts, timeout_s=60)
     for rank, (rows, steps, total_rows, weight) in enumerate(found):
         expected = [1000 * rank + 8 * n + i for n, size in enumerate(counts[rank]) for i in range(size)]
         assert rows == expected

@@ -29,7 +29,7 @@ def global_batches() -> list:
     return [tiny.batch_of(rows, step) for step, rows in enumerate(GLOBAL_ROWS)]
 
 
-def local_batches(rank: int, world: int, rows_per_worker: int):
+def local_batches(rank: int, rows_per_worker: int):
     for batch in global_batches():
         start, stop = min(rank * rows_per_worker, batch.rows), min((rank + 1) * rows_per_worker, batch.rows)
         if start < stop:
@@ -84,7 +84,7 @@ def train_sharded(rank: int, world: int, sharding: dict, optimizer: OptimizerCon
     sharded = shard(loss, loss.model.table_groups(), optimizer, ShardingConfig.parse(sharding), SEED)
     rows = 24 // world
     epoch = Epoch(sharded.model, sharded.optimizers, idle_batch(tiny.schema(), rows), Workers())
-    losses = train(epoch, local_batches(rank, world, rows)) if steps else []
+    losses = train(epoch, local_batches(rank, rows)) if steps else []
     return losses, epoch.totals, whole(sharded.weights()), whole(sharded.accumulators()), sharded.plan()
 
 
@@ -183,7 +183,7 @@ def test_impossible_placements_explain_themselves():
     assert "dimension 4 cannot be cut" in messages["narrow"]
 
 
-def refusals(rank: int) -> dict[str, str]:
+def refusals(_rank: int) -> dict[str, str]:
     def message(sharding: dict, optimizer: OptimizerConfig = ROWWISE) -> str:
         loss = build()
         with pytest.raises(ConfigError) as error:

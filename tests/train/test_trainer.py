@@ -61,9 +61,10 @@ def assert_same(one: Path, other: Path) -> None:
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
 
+@pytest.mark.usefixtures("cluster")
 @pytest.mark.ray
 @pytest.mark.e2e
-def test_a_run_from_shards_to_a_checkpoint(cluster, data, tmp_path):
+def test_a_run_from_shards_to_a_checkpoint(data, tmp_path):
     lines = []
     result = trainer.fit(config(data, refit=False), tmp_path, on_report=lines.append)
     assert [entry["trained_rows"] for entry in result.history] == [sum(prepared.SPLITS["train"])] * 2
@@ -93,9 +94,10 @@ def test_a_run_from_shards_to_a_checkpoint(cluster, data, tmp_path):
     assert time.perf_counter() - began < 2, "a finished run returns at once"
 
 
+@pytest.mark.usefixtures("cluster")
 @pytest.mark.ray
 @pytest.mark.e2e
-def test_a_recall_model_is_validated_over_the_whole_catalogue_and_refitted(cluster, data, tmp_path):
+def test_a_recall_model_is_validated_over_the_whole_catalogue_and_refitted(data, tmp_path):
     cfg = config(
         data, model={"name": "youtubednn", "embedding_dim": 8, "output_dim": 8, "negatives": 16}, epochs=1
     )
@@ -107,9 +109,10 @@ def test_a_recall_model_is_validated_over_the_whole_catalogue_and_refitted(clust
     assert manifest.history[0]["trained_rows"] == sum(map(sum, prepared.SPLITS.values()))
 
 
+@pytest.mark.usefixtures("cluster")
 @pytest.mark.ray
 @pytest.mark.e2e
-def test_killed_and_started_again_is_the_uninterrupted_run(cluster, data, tmp_path):
+def test_killed_and_started_again_is_the_uninterrupted_run(data, tmp_path):
     cfg = config(data, epochs=3, patience=3)
     uninterrupted = trainer.fit(cfg, tmp_path / "a")
     script = f"""
@@ -131,9 +134,10 @@ trainer.fit(TrainConfig.parse({cfg.model_dump(mode="json")!r}), {str(tmp_path / 
     assert [e["auc"] for e in resumed.history] == [e["auc"] for e in uninterrupted.history]
 
 
+@pytest.mark.usefixtures("cluster")
 @pytest.mark.ray
 @pytest.mark.e2e
-def test_a_killed_worker_is_replaced(cluster, data, tmp_path):
+def test_a_killed_worker_is_replaced(data, tmp_path):
     cfg = config(data, refit=False)
     uninterrupted = trainer.fit(cfg, tmp_path / "a")
     killed = []
@@ -156,15 +160,18 @@ def worker_pid() -> int:
     return next(pid for pid, title in titles.items() if b"RayTrainWorker" in title)
 
 
+@pytest.mark.usefixtures("cluster")
 @pytest.mark.ray
 @pytest.mark.e2e
-def test_a_nan_ends_the_run_once_and_names_the_row(cluster, tmp_path):
+def test_a_nan_ends_the_run_once_and_names_the_row(tmp_path):
     data = prepared.make(tmp_path / "data", bad_row=7)
     with pytest.raises(NonFiniteLossError, match=r"1 of its \d+ rows: shard 1 row 7.*ranking/train/part-"):
         trainer.fit(config(data, max_failures=3), tmp_path / "out")
 
 
-def test_more_workers_than_cpus(cluster, data, tmp_path):
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.ray
+def test_more_workers_than_cpus(data, tmp_path):
     with pytest.raises(ConfigError, match=r"need 64 CPUs and the cluster has 2; take fewer workers"):
         trainer.fit(config(data, num_workers=64), tmp_path)
 

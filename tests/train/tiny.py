@@ -54,6 +54,7 @@ class Model(nn.Module):
 
     def __init__(self, cfg: Config, schema: Schema, catalogue: Any = None) -> None:
         super().__init__()
+        del catalogue
         self.label = schema.ranking_label
         meta = torch.device("meta")
         self.deep = EmbeddingBagCollection(
@@ -86,7 +87,7 @@ class Model(nn.Module):
         self.tower = nn.Sequential(nn.Linear(inputs, cfg.width), nn.ReLU(), nn.Linear(cfg.width, 1))
 
     @staticmethod
-    def inputs(schema: Schema, cfg: Config) -> Schema:
+    def inputs(schema: Schema, _cfg: Config) -> Schema:
         return schema
 
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -101,6 +102,7 @@ class Model(nn.Module):
         return self.tower(torch.cat(inputs, dim=1)).squeeze(1) + pooled[wide].sum(1)
 
     def loss(self, batch: Batch, step: int) -> torch.Tensor:
+        del step
         return nn.functional.binary_cross_entropy_with_logits(
             self(batch), batch.labels[self.label], reduction="none"
         )

@@ -1,6 +1,8 @@
 """What every command line shares: errors in plain words, and the settings of a config as help text."""
 
+import logging
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ from recsys_dist.errors import RecsysError
 
 def reported(main: Callable[[list[str]], None], argv: list[str]) -> int:
     """Run a job; a user's mistake is one line on stderr and exit code 2, Ctrl-C is 130."""
+    _quiet()
     try:
         main(argv)
     except RecsysError as error:
@@ -21,6 +24,12 @@ def reported(main: Callable[[list[str]], None], argv: list[str]) -> int:
         print("interrupted; the same command again continues", file=sys.stderr)
         return 130
     return 0
+
+
+def _quiet() -> None:
+    """Silence notices of libraries that tell a user nothing to act on."""
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # a deprecation inside TorchRec
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on purpose: one process
 
 
 def settings_help(cfg: type[Config], title: str = "settings:") -> str:

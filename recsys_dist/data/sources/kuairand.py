@@ -212,7 +212,7 @@ def _features() -> Iterator[AnyFeature]:
     yield Cross(name="tab_hour", of=("tab", "hour"), hash_buckets=1_000)
     yield Cross(name="tab_duration", of=("tab", "duration"), hash_buckets=1_000)
     for where, name in (("long_view", "long_viewed"), ("click", "clicked"), (None, "exposed")):
-        yield Sequence(name=name, of="item", where=where)
+        yield Sequence(name=name, of="item", where=where, max_length=20 if where == "click" else 50)
         yield Sequence(name=f"{name}_tags", of="tag", where=where, max_length=20)
     for name in [*USER_NUMBERS, "history_len"]:
         yield Numeric(name=f"log_{name}", column=f"users.{name}", log=True)

@@ -21,10 +21,10 @@ from jobs import prepare as prepare_job
 from jobs import recipes, tracked
 from jobs.command import reported
 from recsys_dist import report, session, tracking
+from recsys_dist.data.output import write_text
 from recsys_dist.data.pipeline import PrepareConfig, prepare
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.data.sources.protocol import source_for
-from recsys_dist.data.stages import write_text
 from recsys_dist.evaluate import EvaluateConfig
 from recsys_dist.report import Ledger, Story
 
@@ -87,7 +87,7 @@ def summarise(
     ranking, recall = (outcomes[task].evaluation or {} for task in ("ranking", "recall"))
     keep = ("auc", "gauc", "logloss", "ece", "rows")
     scorers = [name for name in ("target_encoding", "popularity", "bayes") if name in ranking]
-    cuts = [key for key in recall["model"]["unseen"] if "@" in key]
+    cuts = [key for key in recall["model"]["unseen"] if key.startswith(("recall@", "ndcg@"))]
     others = [name for name in ("popularity", "item_cosine") if name in recall]
     return {
         "data": {
@@ -176,14 +176,16 @@ def _ranking_sentences(ranking: dict[str, Any]) -> Iterator[str]:
 
 def _recall_sentences(recall: dict[str, Any]) -> Iterator[str]:
     cut = "recall@100" if "recall@100" in recall else next(key for key in recall if key.startswith("recall@"))
-    for name in ("popularity", "item_cosine"):
-        if name in recall:
-            verdict = "beats" if recall[cut] > recall[name][cut] else "does NOT beat"
-            yield (
-                f"Recall: {recall['model']} finds {recall[cut]:.1%} of what users went on to want among "
-                f"{cut.removeprefix('recall@')} candidates; it {verdict} {name.replace('_', ' ')} "
-                f"({recall[name][cut]:.1%})."
-            )
+    names = {"popularity": "plain popularity", "item_cosine": "item-to-item cosine"}
+    verdicts = [
+        f"{'beats' if recall[cut] > recall[key][cut] else 'does NOT beat'} {name} ({recall[key][cut]:.1%})"
+        for key, name in names.items()
+        if key in recall
+    ]
+    yield (
+        f"Recall: {recall['model']} finds {recall[cut]:.1%} of what users went on to want among "
+        f"{cut.removeprefix('recall@')} candidates; it {' and '.join(verdicts)}."
+    )
 
 
 def _trained(outcome: tracked.Outcome) -> str:

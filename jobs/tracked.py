@@ -13,7 +13,7 @@ from recsys_dist.evaluate import EvaluateConfig, evaluate_ranking, evaluate_reca
 from recsys_dist.outbox import Recorder
 from recsys_dist.plots import Curves, Plot, Reliability
 from recsys_dist.tracking import TrackingConfig
-from recsys_dist.train import trainer
+from recsys_dist.train import progress, trainer
 from recsys_dist.train.settings import TrainConfig
 from recsys_dist.train.trainer import FitResult
 
@@ -69,11 +69,16 @@ def figures_of(cfg: TrainConfig, fitted: FitResult, evaluation: dict[str, Any] |
         metric,
         {metric: [(entry["epoch"], entry[metric]) for entry in fitted.history]},
     )
+    told = [line for line, _ in progress.read(fitted.run / progress.PROGRESS) if line["kind"] == "curve"]
+    phases = {"choose": "training days", "refit": "training and validation days"}
     loss = Curves(
         f"{cfg.model.name}: training loss",
-        "epoch",
-        "mean loss of a row before its step",
-        {"training": [(entry["epoch"], entry["loss"]) for entry in fitted.history]},
+        "step",
+        "mean loss of the rows before their step",
+        {
+            phases[phase]: [(line["step"], line["loss"]) for line in told if line["phase"] == phase]
+            for phase in dict.fromkeys(line["phase"] for line in told)
+        },
     )
     figures: list[Plot] = [loss, curve]
     if evaluation and "reliability" in evaluation:
@@ -110,9 +115,9 @@ def _curve_recorder(record: Recorder) -> Callable[[dict[str, Any]], None]:
     def on_report(line: dict[str, Any]) -> None:
         phase = line["phase"]
         if line["kind"] == "curve":
-            step, names = line["step"], ("loss", "rows_per_s")
+            step, names = line["step"], ["loss", "rows_per_s"]
         else:
-            step, names = line["epoch"], tuple(k for k, v in line.items() if isinstance(v, float))
+            step, names = line["epoch"], [key for key, value in line.items() if isinstance(value, float)]
         prefix = phase if line["kind"] == "curve" else f"{phase}/epoch"
         values = {f"{prefix}/{name.replace('@', '_at_')}": float(line[name]) for name in names}
         fresh = {key: value for key, value in values.items() if (key, step) not in told}

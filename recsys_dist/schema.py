@@ -103,7 +103,8 @@ class Statistic(Feature):
     smoothing: float = Field(20.0, gt=0)
 
 
-IdFeature = Categorical | Bucketed | Time | Cross | Sequence
+SingleId = Categorical | Bucketed | Time | Cross
+IdFeature = SingleId | Sequence
 DenseFeature = Numeric | Statistic
 AnyFeature = Annotated[IdFeature | DenseFeature, Field(discriminator="kind")]
 
@@ -186,9 +187,9 @@ class Schema(Config):
         return tuple(f for f in self.features if isinstance(f, IdFeature))
 
     @property
-    def singles(self) -> tuple[Categorical | Bucketed | Time | Cross, ...]:
+    def singles(self) -> tuple[SingleId, ...]:
         """Id features with exactly one id per row."""
-        return tuple(f for f in self.features if isinstance(f, Categorical | Bucketed | Time | Cross))
+        return tuple(f for f in self.features if isinstance(f, SingleId))
 
     @property
     def crosses(self) -> tuple[Cross, ...]:

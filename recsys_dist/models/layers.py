@@ -100,13 +100,26 @@ def embedding_tables(
     A single id pooled is itself; no ids at all (padding, an empty history) pool to zeros. `prefix` keeps
     the names of two collections over the same features apart. ConfigError where the schema is not fitted.
     """
+    configs = table_configs(schema, features, dim, init, pooling, prefix)
+    return EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
+
+
+def table_configs(
+    schema: Schema,
+    features: Iterable[IdFeature],
+    dim: int | Mapping[str, int],
+    init: Callable[[torch.Tensor], Any],
+    pooling: PoolingType = PoolingType.MEAN,
+    prefix: str = "",
+) -> list[EmbeddingBagConfig]:
+    """The tables of `embedding_tables`, for a collection that holds others too."""
     by_table: dict[str, list[IdFeature]] = {}
     for feature in features:
         by_table.setdefault(schema.table(feature), []).append(feature)
-    configs = [
+    return [
         EmbeddingBagConfig(
             name=prefix + table,
-            num_embeddings=_rows(shared[0]),
+            num_embeddings=table_rows(shared[0]),
             embedding_dim=dim if isinstance(dim, int) else dim[table],
             feature_names=[feature.name for feature in shared],
             pooling=pooling,
@@ -114,10 +127,9 @@ def embedding_tables(
         )
         for table, shared in by_table.items()
     ]
-    return EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
 
 
-def _rows(feature: IdFeature) -> int:
+def table_rows(feature: IdFeature) -> int:
     if feature.rows is None:
         raise ConfigError(f"feature {feature.name!r} has no table size: fit the schema's vocabularies first")
     return feature.rows

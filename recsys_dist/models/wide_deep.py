@@ -6,27 +6,29 @@
 tower over embeddings and dense floats; both parts are trained jointly, each by its own optimizer.
 The paper's FTRL with L1 for the wide part is the trainer's choice for the "wide" table group.
 
-B rows, D embedding dimension, F features
+B rows, R of them not padding, W wide features
 """
 
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
-from torchrec import PoolingType
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
 
 from recsys_dist.batch import Batch
 from recsys_dist.errors import ConfigError
-from recsys_dist.models.layers import DIM_UNIT, MLP, Activation, embedding_tables, normal, pooled
+from recsys_dist.models.layers import DIM_UNIT, MLP, Activation, normal, table_configs, table_rows
 from recsys_dist.models.losses import binary_cross_entropy
 from recsys_dist.models.protocol import Catalogue, ModelConfig, Task
-from recsys_dist.schema import IdFeature, Schema
+from recsys_dist.schema import IdFeature, Schema, SingleId
 
 # A linear weight is the mean of as many columns, which start equal, get equal gradients and so stay equal;
 # Adagrad does not see that each gradient is a quarter: exactly the scalar weight that it stands for.
 WIDE_DIM = DIM_UNIT
+WIDE = "wide"  # the key and the table of the linear part
 
 
 class Config(ModelConfig):
@@ -51,18 +53,27 @@ class Model(nn.Module):
         super().__init__()
         del catalogue  # a ranker knows items by their features alone
         self.label = schema.ranking_label
-        deep = _deep_features(schema)
+        deep, wide = _deep_features(schema), _wide_features(schema, cfg)
         self.deep_names = [feature.name for feature in deep]
-        self.deep_tables = embedding_tables(schema, deep, cfg.embedding_dim, normal(cfg.embedding_std))
+        configs = table_configs(schema, deep, cfg.embedding_dim, normal(cfg.embedding_std))
+        # The linear model over one-hot ids: all its weights in one table, a stretch of rows per feature, so
+        # that it costs one lookup and no exchange between workers of its own. Weights start at zero.
+        rows = np.cumsum([0, *(table_rows(feature) for feature in wide)])
+        self.wide_rows = {feature.name: int(first) for feature, first in zip(wide, rows, strict=False)}
+        if wide:
+            configs.append(
+                EmbeddingBagConfig(
+                    name=WIDE,
+                    num_embeddings=int(rows[-1]),
+                    embedding_dim=WIDE_DIM,
+                    feature_names=[WIDE],
+                    pooling=PoolingType.SUM,
+                    init_fn=nn.init.zeros_,
+                )
+            )
+        self.tables = EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
         inputs = len(deep) * cfg.embedding_dim + len(schema.dense)
         self.tower = MLP(inputs, cfg.hidden, cfg.activation, cfg.dropout, out=1)
-        wide = _wide_features(schema, cfg)
-        self.wide_tables = (
-            # a linear model over one-hot ids is a table of weights; they start at zero
-            embedding_tables(schema, wide, WIDE_DIM, nn.init.zeros_, PoolingType.SUM, prefix="wide_")
-            if wide
-            else None
-        )
 
     @staticmethod
     def inputs(schema: Schema, cfg: Config) -> Schema:
@@ -75,12 +86,28 @@ class Model(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """[B] logits."""
-        embedded = pooled(self.deep_tables(batch.sparse), self.deep_names)
+        found = self.tables(self._with_wide(batch.sparse)).to_dict()
+        embedded = [found[name] for name in self.deep_names]
         # the bias of the tower's last layer is eq. 3's b
-        logit_B = self.tower(torch.cat([embedded, batch.dense], dim=1)).squeeze(1)
-        if self.wide_tables is not None:
-            logit_B = logit_B + self.wide_tables(batch.sparse).values().sum(dim=1) / WIDE_DIM
+        logit_B = self.tower(torch.cat([*embedded, batch.dense], dim=1)).squeeze(1)
+        if self.wide_rows:
+            logit_B = logit_B + found[WIDE].sum(dim=1) / WIDE_DIM
         return logit_B
+
+    def _with_wide(self, sparse: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """The ids with one key more: each row's ids of all wide features, shifted to their own rows."""
+        if not self.wide_rows:
+            return sparse
+        jagged = [sparse[name] for name in self.wide_rows]
+        # R rows of B have ids (padding has none), and then one of each of the W features
+        ids_WR = torch.stack(
+            [j.values() + first for j, first in zip(jagged, self.wide_rows.values(), strict=True)]
+        )
+        return KeyedJaggedTensor(
+            keys=[*sparse.keys(), WIDE],
+            values=torch.cat([sparse.values(), ids_WR.t().flatten()]),
+            lengths=torch.cat([sparse.lengths(), jagged[0].lengths() * len(jagged)]),
+        )
 
     def loss(self, batch: Batch, step: int) -> torch.Tensor:
         """[B] binary cross-entropy of each row."""
@@ -89,9 +116,9 @@ class Model(nn.Module):
 
     def table_groups(self) -> Mapping[str, list[nn.Parameter]]:
         """`"deep"`: embeddings; `"wide"`: the linear part's weights."""
-        groups = {"deep": list(self.deep_tables.parameters())}
-        if self.wide_tables is not None:
-            groups["wide"] = list(self.wide_tables.parameters())
+        groups: dict[str, list[nn.Parameter]] = {"deep": []}
+        for name, bag in self.tables.embedding_bags.items():
+            groups.setdefault("wide" if name == WIDE else "deep", []).append(bag.weight)
         return groups
 
 
@@ -100,11 +127,13 @@ def _deep_features(schema: Schema) -> list[IdFeature]:
     return [feature for feature in schema.ids if feature not in schema.crosses]
 
 
-def _wide_features(schema: Schema, cfg: Config) -> list[IdFeature]:
+def _wide_features(schema: Schema, cfg: Config) -> list[SingleId]:
     if cfg.wide is None:
         return list(schema.singles)
     chosen = [schema[name] for name in cfg.wide]  # an unknown name is an error that names the nearest
     for feature in chosen:
-        if not isinstance(feature, IdFeature):
-            raise ConfigError(f"wide_deep: wide feature {feature.name!r} is {feature.kind}; only ids go wide")
-    return [feature for feature in chosen if isinstance(feature, IdFeature)]
+        if not isinstance(feature, SingleId):
+            raise ConfigError(
+                f"wide_deep: wide feature {feature.name!r} is {feature.kind}; only single ids go wide"
+            )
+    return [feature for feature in chosen if isinstance(feature, SingleId)]

@@ -20,16 +20,16 @@ def build(cfg: Config) -> Model:
     return model
 
 
-def weights(model: Model, part: str) -> dict[str, np.ndarray]:
-    tables = getattr(model, part).embedding_bags
-    return {name.removeprefix("wide_"): bag.weight.detach().double().numpy() for name, bag in tables.items()}
+def weights(model: Model) -> dict[str, np.ndarray]:
+    return {n: bag.weight.detach().double().numpy() for n, bag in model.tables.embedding_bags.items()}
 
 
 def test_logit_is_equation_3() -> None:
     model = build(Config(hidden=(8,)))
     schema = Model.inputs(small_schema(), Config())
     batch = random_batch(schema, 6, rng_for(0, "rows"))
-    deep, wide = weights(model, "deep_tables"), weights(model, "wide_tables")
+    deep = weights(model)
+    wide = deep.pop("wide")
     (w1, b1), (w2, b2) = (
         (layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy())
         for layer in model.tower.layers
@@ -44,17 +44,21 @@ def test_logit_is_equation_3() -> None:
             if f.name == name
         ]
         activation = np.maximum(w1 @ np.concatenate([*embedded, batch.dense[row].double().numpy()]) + b1, 0)
-        linear = sum(wide[f.name][ids[f.name][row]].mean() for f in schema.singles)  # of 4 equal columns
+        linear = sum(wide[model.wide_rows[f.name] + ids[f.name][row][0]].mean() for f in schema.singles)
         assert logit == pytest.approx((w2 @ activation + b2).item() + linear, rel=1e-4)
 
 
 def test_crosses_go_wide_and_sequences_go_deep() -> None:
     model = build(Config())
-    assert "user_x_author" in weights(model, "wide_tables")
-    assert "user_x_author" not in weights(model, "deep_tables")
+    assert list(model.wide_rows) == ["user", "item", "author", "hour", "user_x_author"]
+    assert list(model.wide_rows.values()) == [0, 30, 70, 82, 107], (
+        "each feature after the rows of those before"
+    )
+    assert sorted(weights(model)) == ["author", "hour", "item", "user", "wide"]
     assert model.deep_names == ["user", "item", "author", "hour", "watched", "watched_authors"]
     chosen = build(Config(wide=("user_x_author", "hour")))
-    assert sorted(weights(chosen, "wide_tables")) == ["hour", "user_x_author"]
+    assert list(chosen.wide_rows) == ["user_x_author", "hour"]
+    assert len(weights(chosen)["wide"]) == 64 + 25
     assert set(chosen.table_groups()) == {"deep", "wide"}
     assert set(build(Config(wide=())).table_groups()) == {"deep"}
 
@@ -65,7 +69,7 @@ def test_joint_gradient_of_both_parts_is_the_residual() -> None:
     batch = random_batch(Model.inputs(small_schema(), Config()), 40, rng_for(1, "rows"))
     model.loss(batch, 0).sum().backward()
     residual = (torch.sigmoid(model(batch)) - batch.labels["click"]).detach()
-    gradient = model.wide_tables.embedding_bags["wide_hour"].weight.grad.sum(dim=1)
+    gradient = model.tables.embedding_bags["wide"].weight.grad.sum(dim=1)[model.wide_rows["hour"] :][:25]
     expected = torch.zeros(25).index_add(0, batch.sparse["hour"].values().long(), residual)
     torch.testing.assert_close(gradient, expected)
 

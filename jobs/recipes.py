@@ -16,7 +16,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "model": {"name": "wide_deep"},
         "batch_rows": 1024,
         "epochs": 3,
-        "optimizer": {"wide": {"lr": 0.01}},
+        "optimizer": {"deep": {"lr": 0.1}, "wide": {"lr": 0.03}},
     },
     "youtubednn": {"model": {"name": "youtubednn"}, "batch_rows": 2048, "epochs": 2},
 }

@@ -48,7 +48,7 @@ def test_counts_add_up_over_files() -> None:
 
 
 def test_only_single_ids_can_be_encoded() -> None:
-    assert encoded_columns(SCHEMA, None) == ["user", "item"]
+    assert encoded_columns(SCHEMA, None) == ["item"], "attributes of a user repeat what her id says"
     assert encoded_columns(SCHEMA, ("hour",)) == ["hour"]
     with pytest.raises(DataError, match="sequence feature 'watched'"):
         encoded_columns(SCHEMA, ("watched",))

@@ -19,7 +19,7 @@ def test_described_ids_come_first_then_those_seen() -> None:
 
 def test_a_log_without_a_table_of_items() -> None:
     items = Entities.of(None, "item_id", pa.array(["c", "a"]))
-    assert (len(items), items.ids.to_pylist()) == (2, ["c", "a"])
+    assert (len(items), items.ids.to_pylist()) == (2, ["a", "c"])
     nothing = Entities.of(None, "item_id", pa.array([], pa.string()))
     assert nothing.positions(pa.array(["a"])).tolist() == [0]
 

@@ -127,9 +127,11 @@ def test_every_row_is_an_example_once_or_quarantined(prepared: Prepared, log: pa
         assert Counter(map(key, rows_of(prepared, f"ranking/{name}"))) == Counter(map(key, of_split))
 
 
-def test_recall_learns_from_wanted_events_of_training_days(prepared: Prepared, log: pa.Table) -> None:
+def test_recall_learns_from_first_encounters_of_training_days(prepared: Prepared, log: pa.Table) -> None:
     start = dt.date.fromisoformat(prepared.manifest.config["split"]["valid_from"])
-    wanted = [r for r in usable(log) if r["date"] < start and (r["click"] or r["like"])]
+    in_time = sorted(usable(log), key=lambda r: r["timestamp"])
+    first = {(r["user_id"], r["item_id"]): r for r in reversed(in_time)}
+    wanted = [r for r in first.values() if r["date"] < start and (r["click"] or r["like"])]
     assert Counter(map(key, rows_of(prepared, "recall/train"))) == Counter(map(key, wanted))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from jobs.command import settings_help
 from recsys_dist.config import load_yaml, nearest
 from recsys_dist.errors import ConfigError
+from recsys_dist.tracking import TrackingConfig
 from recsys_dist.train.settings import TrainConfig
 
 _PREPARED = "runs/data"  # where jobs.prepare's examples write
@@ -40,8 +41,8 @@ def named(name: str, values: Mapping[str, Any] | None = None) -> TrainConfig:
     return TrainConfig.parse({"data": _PREPARED, **RECIPES[name], **(values or {})})
 
 
-def parse(argv: list[str]) -> tuple[TrainConfig, str]:
-    """The configuration and the output directory; ConfigError for a wrong setting."""
+def parse(argv: list[str]) -> tuple[TrainConfig, str, TrackingConfig]:
+    """The configuration, the output directory and where to track; ConfigError for a wrong setting."""
     parser = argparse.ArgumentParser(
         prog="python -m jobs.train",
         description=HELP,
@@ -51,9 +52,11 @@ def parse(argv: list[str]) -> tuple[TrainConfig, str]:
     parser.add_argument("words", nargs="*", metavar="RECIPE key=value", help="a recipe, dotted settings")
     parser.add_argument("--config", help="YAML file with settings, such as a former run's config.yaml")
     parser.add_argument("--out", default="runs/train", help="directory for runs (default: %(default)s)")
+    parser.add_argument("--tracking-uri", help="MLflow server; default: an SQLite file below --out")
     args = parser.parse_intermixed_args(argv)  # settings may follow options
     names = [word for word in args.words if "=" not in word]
     if len(names) + bool(args.config) != 1:
         raise ConfigError(f"name one recipe ({', '.join(RECIPES)}) or a file with --config; see --help")
     cfg = TrainConfig.parse(load_yaml(args.config)) if args.config else named(names[0])
-    return cfg.override([word for word in args.words if "=" in word]), args.out
+    tracked = TrackingConfig(uri=args.tracking_uri)
+    return cfg.override([word for word in args.words if "=" in word]), args.out, tracked

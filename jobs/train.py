@@ -1,8 +1,9 @@
 """Trains a model: `python -m jobs.train wide_deep data=runs/data`; more with --help."""
 
 import sys
+from pathlib import Path
 
-from jobs import recipes
+from jobs import recipes, tracked
 from jobs.command import reported
 from recsys_dist.train import trainer
 from recsys_dist.train.settings import TrainConfig
@@ -25,9 +26,10 @@ def summary(result: trainer.FitResult, cfg: TrainConfig) -> str:
 
 
 def main(argv: list[str]) -> None:
-    cfg, out = recipes.parse(argv)
-    result = trainer.fit(cfg, out)
-    print(summary(result, cfg))
+    cfg, out, tracking = recipes.parse(argv)
+    outcome = tracked.run(cfg, Path(out), tracking, evaluate=None)
+    print(summary(outcome.fitted, cfg))
+    print(f"MLflow run {outcome.delivery.run_id or 'not yet delivered'} at {outcome.tracking_uri}")
 
 
 if __name__ == "__main__":

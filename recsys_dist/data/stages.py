@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from recsys_dist.data import logs, transforms
 from recsys_dist.data.counts import Counts
 from recsys_dist.data.examples import World, examples, sort_events, user_states
-from recsys_dist.data.logs import Ledger, LogSpec, Validated
+from recsys_dist.data.logs import Ledger, LogSpec
 from recsys_dist.data.output import write_parquet, write_text
 from recsys_dist.data.sources.protocol import Part, Source
 from recsys_dist.data.split import SPLITS, Split
@@ -46,20 +46,21 @@ class ReadPart:
                 checked = logs.validate(chunk, self.spec, part.name, self.source.timestamp_unit)
                 ledger = ledger.add(part.name, checked)
                 refused.append(checked.quarantined)
-                yield self._routed(checked, number)
+                yield self._routed(checked.kept, checked.kept_row, number)
         except SourceError as error:
             ledger = ledger.refuse(part.name, str(error))
+        if not refused:  # the shuffle needs the columns also of a part without rows
+            yield self._routed(self.spec.arrow_schema().empty_table(), pa.array([], pa.int64()), number)
         if any(len(table) for table in refused):
             write_parquet(pa.concat_tables(refused), self.out / f"quarantine/part-{number:05d}.parquet")
         write_text(json.dumps(ledger.to_json()), self.out / f"ledger/part-{number:05d}.json")
 
-    def _routed(self, checked: Validated, number: int) -> pa.Table:
+    def _routed(self, kept: pa.Table, row: pa.Array, number: int) -> pa.Table:
         """Kept rows with where they came from and the bucket, which holds all events of a user."""
-        hashed = transforms.hash_text(checked.kept["user_id"])
-        bucket = (hashed % np.uint64(self.buckets)).astype(np.int32)
-        routed = checked.kept.append_column(BUCKET, pa.array(bucket))
+        bucket = (transforms.hash_text(kept["user_id"]) % np.uint64(self.buckets)).astype(np.int32)
+        routed = kept.append_column(BUCKET, pa.array(bucket))
         routed = routed.append_column("part", pa.array(np.full(len(bucket), number, np.int32)))
-        return routed.append_column("row", checked.kept_row)
+        return routed.append_column("row", row)
 
 
 def write_bucket(

@@ -1,0 +1,93 @@
+"""The main job as a user runs it: someone's own log with other column names, to a report and tracked runs."""
+
+import json
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.data.small_log import events, items
+
+LOG = """
+kind: parquet
+events: events/
+items: {path: items.parquet, id: sku}
+columns: {user_id: uid, item_id: sku, timestamp: ts, labels: {click: clicked}, context: {device: device}}
+"""
+
+
+def own_log(directory: Path) -> None:
+    log = events(6000, days=10)
+    ours = log.filter(pa.array(~np.asarray(log["history"]))).select(
+        ["user_id", "item_id", "timestamp", "click", "device"]
+    )
+    (directory / "events").mkdir(parents=True)
+    renamed = ours.rename_columns(["uid", "sku", "ts", "clicked", "device"])
+    pq.write_table(renamed, directory / "events/a.parquet")
+    (directory / "events/broken.parquet").write_bytes((directory / "events/a.parquet").read_bytes()[:500])
+    pq.write_table(items().rename_columns(["sku", "genre", "length"]), directory / "items.parquet")
+    (directory / "log.yaml").write_text(LOG)
+
+
+def quickstart(data: Path, out: Path) -> str:
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.quickstart",
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--workers",
+        "1",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.e2e
+def test_from_ones_own_log_to_a_report(tmp_path: Path) -> None:
+    own_log(tmp_path / "log")
+    refused = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "jobs.quickstart",
+            "--data",
+            str(tmp_path / "log"),
+            "--out",
+            str(tmp_path / "out"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert refused.returncode == 2 and "1 of 2 files refused" in refused.stderr, refused.stderr
+    assert "broken.parquet" in refused.stderr and "Traceback" not in refused.stderr
+    (tmp_path / "log/events/broken.parquet").unlink()
+    said = quickstart(tmp_path / "log", tmp_path / "out")
+    assert "target encoding" in said and "popularity" in said
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["ranking"]["label"] == "click" and 0 < report["ranking"]["auc"] < 1
+    assert report["ranking"]["rows"] == sum(
+        pq.read_metadata(f).num_rows for f in (tmp_path / "out/data/ranking/test").glob("*.parquet")
+    )
+    assert set(report["recall"]["popularity"]) >= {"recall@50", "recall@100", "recall@200"}
+    assert report["peak_rss_bytes"] > 0 and set(report["seconds"]) == {"prepare", "recall", "ranking"}
+    assert "<svg" in (tmp_path / "out/report.html").read_text()
+    with sqlite3.connect(tmp_path / "out/mlflow.db") as store:
+        runs = store.execute("select run_uuid, status from runs").fetchall()
+        keys = {row[0] for row in store.execute("select distinct key from metrics")}
+    assert {run for run, _ in runs} == set(report["mlflow"]["run_ids"].values())
+    assert {"choose/loss", "test/model/auc"} <= keys
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "out/models").rglob("*.distcp")}
+    assert before, "no checkpoint was written"
+    quickstart(tmp_path / "log", tmp_path / "out")
+    assert before == {f: f.stat().st_mtime_ns for f in (tmp_path / "out/models").rglob("*.distcp")}

@@ -52,6 +52,7 @@ def quickstart(data: Path, out: Path) -> str:
 
 
 @pytest.mark.e2e
+@pytest.mark.timeout(800)  # three runs of the whole job
 def test_from_ones_own_log_to_a_report(tmp_path: Path) -> None:
     own_log(tmp_path / "log")
     refused = subprocess.run(

@@ -80,11 +80,6 @@ def normal(std: float) -> Callable[[torch.Tensor], Any]:
     return partial(nn.init.normal_, std=std)
 
 
-def uniform(limit: float) -> Callable[[torch.Tensor], Any]:
-    """Table start: uniform in [-limit, limit]."""
-    return partial(nn.init.uniform_, a=-limit, b=limit)
-
-
 def embedding_tables(
     schema: Schema,
     features: Iterable[IdFeature],

@@ -162,10 +162,8 @@ class Schema(Config):
         for name in filter(None, (where, label)):
             if name not in labels:
                 raise ValueError(f"feature {feature.name!r}: no label {name!r}{nearest(name, labels)}")
-        if isinstance(feature, Statistic) and feature.key.startswith("users."):
-            raise ValueError(
-                f"statistic {feature.name!r}: key {feature.key!r} is not user_id, an item or context column"
-            )
+        if isinstance(feature, Statistic):
+            self._check_statistic(feature)
         parents: tuple[str, ...] = ()
         if isinstance(feature, Cross | Sequence):
             parents = (feature.of,) if isinstance(feature.of, str) else feature.of
@@ -180,6 +178,18 @@ class Schema(Config):
                 isinstance(known, Categorical | Bucketed) and side(known.column) == "item"
             ):
                 raise ValueError(f"sequence {feature.name!r}: {parent!r} is not an id feature of the item")
+
+    def _check_statistic(self, feature: Statistic) -> None:
+        if feature.key.startswith("users."):
+            raise ValueError(
+                f"statistic {feature.name!r}: key {feature.key!r} is not user_id, an item or context column"
+            )
+        binary = [label.name for label in self.labels if label.kind == "binary"]
+        if feature.label is not None and feature.label not in binary:
+            raise ValueError(
+                f"statistic {feature.name!r}: label {feature.label!r} is an amount, which has no rate; take a "
+                f"binary one ({', '.join(binary)}), or make one of the amount in the log"
+            )
 
     @property
     def ids(self) -> tuple[IdFeature, ...]:

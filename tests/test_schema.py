@@ -80,6 +80,10 @@ def test_sides() -> None:
         ({"kind": "cross", "name": "c", "of": ["video"]}, "at least 2 items"),
         ({"kind": "cross", "name": "c", "of": ["video", "age"]}, "'age' is numeric"),
         ({"kind": "statistic", "name": "s", "key": "item_id", "label": "like"}, "no label 'like'"),
+        (
+            {"kind": "statistic", "name": "s", "key": "item_id", "label": "watch_ms"},
+            r"label 'watch_ms' is an amount, which has no rate; take a binary one \(click\)",
+        ),
         ({"kind": "numeric", "name": "user", "column": "x"}, "name 'user' is used twice"),
         ({"kind": "numeric", "name": "click", "column": "x"}, "name 'click' is used twice"),
         ({"kind": "numeric", "name": "Bad Name", "column": "x"}, "should match pattern"),

@@ -85,43 +85,32 @@ def embedding_tables(
     features: Iterable[IdFeature],
     dim: int | Mapping[str, int],
     init: Callable[[torch.Tensor], Any],
-    pooling: PoolingType = PoolingType.MEAN,
     prefix: str = "",
+    extra: Sequence[EmbeddingBagConfig] = (),
 ) -> EmbeddingBagCollection:
     """One table [rows, dim] per `schema.table(feature)`, on the meta device until sharded or materialised.
 
     `dim` is that of all tables, or a mapping by table (without `prefix`).
     Features that share a table (an item and the sequences of such items) are looked up in it together.
-    A single id pooled is itself; no ids at all (padding, an empty history) pool to zeros. `prefix` keeps
-    the names of two collections over the same features apart. ConfigError where the schema is not fitted.
+    Ids are pooled to their mean: a single one is itself, none at all (padding, an empty history) are zeros.
+    `prefix` keeps the names of two collections over the same features apart; `extra` are tables of another
+    make in the same collection. ConfigError where the schema is not fitted.
     """
-    configs = table_configs(schema, features, dim, init, pooling, prefix)
-    return EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
-
-
-def table_configs(
-    schema: Schema,
-    features: Iterable[IdFeature],
-    dim: int | Mapping[str, int],
-    init: Callable[[torch.Tensor], Any],
-    pooling: PoolingType = PoolingType.MEAN,
-    prefix: str = "",
-) -> list[EmbeddingBagConfig]:
-    """The tables of `embedding_tables`, for a collection that holds others too."""
     by_table: dict[str, list[IdFeature]] = {}
     for feature in features:
         by_table.setdefault(schema.table(feature), []).append(feature)
-    return [
+    configs = [
         EmbeddingBagConfig(
             name=prefix + table,
             num_embeddings=table_rows(shared[0]),
             embedding_dim=dim if isinstance(dim, int) else dim[table],
             feature_names=[feature.name for feature in shared],
-            pooling=pooling,
+            pooling=PoolingType.MEAN,
             init_fn=init,
         )
         for table, shared in by_table.items()
     ]
+    return EmbeddingBagCollection(tables=[*configs, *extra], device=torch.device("meta"))
 
 
 def table_rows(feature: IdFeature) -> int:

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
+from torchrec import EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
 
 from recsys_dist.batch import Batch
 from recsys_dist.errors import ConfigError
-from recsys_dist.models.layers import DIM_UNIT, MLP, Activation, normal, table_configs, table_rows
+from recsys_dist.models.layers import DIM_UNIT, MLP, Activation, embedding_tables, normal, table_rows
 from recsys_dist.models.losses import binary_cross_entropy
 from recsys_dist.models.protocol import Catalogue, ModelConfig, Task
 from recsys_dist.schema import IdFeature, Schema, SingleId
@@ -55,23 +55,21 @@ class Model(nn.Module):
         self.label = schema.ranking_label
         deep, wide = _deep_features(schema), _wide_features(schema, cfg)
         self.deep_names = [feature.name for feature in deep]
-        configs = table_configs(schema, deep, cfg.embedding_dim, normal(cfg.embedding_std))
         # The linear model over one-hot ids: all its weights in one table, a stretch of rows per feature, so
         # that it costs one lookup and no exchange between workers of its own. Weights start at zero.
         rows = np.cumsum([0, *(table_rows(feature) for feature in wide)])
         self.wide_rows = {feature.name: int(first) for feature, first in zip(wide, rows, strict=False)}
-        if wide:
-            configs.append(
-                EmbeddingBagConfig(
-                    name=WIDE,
-                    num_embeddings=int(rows[-1]),
-                    embedding_dim=WIDE_DIM,
-                    feature_names=[WIDE],
-                    pooling=PoolingType.SUM,
-                    init_fn=nn.init.zeros_,
-                )
-            )
-        self.tables = EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
+        linear = EmbeddingBagConfig(
+            name=WIDE,
+            num_embeddings=int(rows[-1]),
+            embedding_dim=WIDE_DIM,
+            feature_names=[WIDE],
+            pooling=PoolingType.SUM,
+            init_fn=nn.init.zeros_,
+        )
+        self.tables = embedding_tables(
+            schema, deep, cfg.embedding_dim, normal(cfg.embedding_std), extra=[linear] if wide else []
+        )
         inputs = len(deep) * cfg.embedding_dim + len(schema.dense)
         self.tower = MLP(inputs, cfg.hidden, cfg.activation, cfg.dropout, out=1)
 

@@ -187,8 +187,8 @@ class Schema(Config):
         binary = [label.name for label in self.labels if label.kind == "binary"]
         if feature.label is not None and feature.label not in binary:
             raise ValueError(
-                f"statistic {feature.name!r}: label {feature.label!r} is an amount, which has no rate; take a "
-                f"binary one ({', '.join(binary)}), or make one of the amount in the log"
+                f"statistic {feature.name!r}: label {feature.label!r} is an amount, which has no rate; take "
+                f"a binary one ({', '.join(binary)}), or make one of the amount in the log"
             )
 
     @property

@@ -32,6 +32,10 @@ class Batch:
         """B, padding rows included."""
         return self.weight.shape[0]
 
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`; asynchronous where the memory is pinned."""
         return Batch(

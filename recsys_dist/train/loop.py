@@ -25,6 +25,8 @@ from recsys_dist.train.optim import Optimizers
 
 T = TypeVar("T")
 _NAMED_ROWS = 5  # rows that a NonFiniteLossError names
+# Steps whose loss may still be on its way: reading the newest one would make the host wait for a GPU.
+_UNREAD_STEPS = {"cpu": 1, "cuda": 8}
 
 
 class Workers:
@@ -105,7 +107,8 @@ class Epoch:
     """One pass over the workers' batches.
 
     model       `Loss` over the model, sharded or not
-    idle        what a worker without data feeds: as many rows as a full batch, of weight zero
+    idle        what a worker without data feeds: as many rows as a full batch, of weight zero; batches go
+                to the device that it is on
     on_step     called with the totals so far after each step whose loss is known to all
     """
 
@@ -130,7 +133,7 @@ class Epoch:
             self._settle(known, settled)
             if rows == 0:
                 break
-            current = self.idle if batch is None else batch.pad(self.idle.rows)
+            current = self.idle if batch is None else self._placed(batch).pad(self.idle.rows)
             batch, agreement = self._next(batches, known)
             known.append(self._step(current, step, rows, weight))
             step += 1
@@ -147,7 +150,12 @@ class Epoch:
         batch = next(batches, None)
         self.totals.loader_s += time.perf_counter() - began
         mine = [0.0, 0.0] if batch is None else [float(batch.rows), float(batch.weight.sum())]
-        return batch, self.workers.start_sum([*mine, *[float(s.loss_sum) for s in list(known)[:1]]])
+        settled = known[0].loss_sum if len(known) >= _UNREAD_STEPS[self.idle.device.type] else None
+        return batch, self.workers.start_sum([*mine, *([] if settled is None else [float(settled)])])
+
+    def _placed(self, batch: Batch) -> Batch:
+        on_gpu = self.idle.device.type != "cpu"
+        return batch.pin_memory().to(self.idle.device) if on_gpu else batch
 
     def _step(self, batch: Batch, step: int, rows: float, weight: float) -> _Step:
         losses = self.model(batch, step)

@@ -87,7 +87,8 @@ def _train(cfg: TrainConfig, run: Path) -> None:
             use_gpu=cfg.use_gpu,
             resources_per_worker={"CPU": cfg.threads_per_worker, **({"GPU": 1} if cfg.use_gpu else {})},
         ),
-        torch_config=TorchConfig(timeout_s=cfg.timeout_s),
+        # what the workers agree on is on the host and goes over gloo, so it never waits for a GPU
+        torch_config=TorchConfig("cpu:gloo,cuda:nccl" if cfg.use_gpu else "gloo", timeout_s=cfg.timeout_s),
         run_config=RunConfig(
             name=uuid.uuid4().hex[:8],  # a fresh one: a broken snapshot of Ray's must not stop a run
             storage_path=str(scratch),

@@ -18,7 +18,9 @@ RECALL_AT = 100  # length of the lists that choose an epoch of a recall model
 
 def padded(table: pa.Table | None, schema: Schema, idle: Batch) -> Batch:
     """The rows of a table, padded to as many as `idle` has; `idle` itself for no table."""
-    return idle if table is None else collate(_with_item_columns(table, schema), schema).pad(idle.rows)
+    if table is None:
+        return idle
+    return collate(_with_item_columns(table, schema), schema).to(idle.device).pad(idle.rows)
 
 
 @torch.no_grad()
@@ -28,7 +30,7 @@ def score_rows(model: RankModel, table: pa.Table | None, schema: Schema, idle: B
     if table is None:
         return None
     return RankingState(
-        scores=logits[: len(table)].numpy(),
+        scores=logits[: len(table)].cpu().numpy(),
         labels=table[schema.ranking_label].to_numpy(),
         users=user_keys(table["user_id"]),
     )
@@ -65,9 +67,10 @@ def top_items(
     score_UI = user_UD @ item_ID.T
     score_UI[:, 0] = -torch.inf
     of_user = np.repeat(np.arange(len(user_UD)), np.diff(offsets))
-    score_UI[torch.from_numpy(of_user), torch.from_numpy(items.astype(np.int64))] = -torch.inf
+    at = [torch.from_numpy(where).to(score_UI.device) for where in (of_user, items.astype(np.int64))]
+    score_UI[at[0], at[1]] = -torch.inf
     best = torch.topk(score_UI, min(k, len(item_ID) - 1), dim=1)
-    top = torch.where(best.values == -torch.inf, 0, best.indices).numpy()
+    top = torch.where(best.values == -torch.inf, 0, best.indices).cpu().numpy()
     return np.pad(top, ((0, 0), (0, k - top.shape[1])))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import ray.train
+import ray.train.torch
 import torch
 import torch.distributed as dist
 
@@ -75,7 +76,8 @@ class Run:
         self.workers = Workers()
         self.prepared = Prepared.open(cfg.data)
         self.schema = cfg.inputs(self.prepared)
-        self.idle = idle_batch(self.schema, cfg.rows_per_worker)
+        self.device = ray.train.torch.get_device() if cfg.use_gpu else torch.device("cpu")
+        self.idle = idle_batch(self.schema, cfg.rows_per_worker).to(self.device)
         self.progress = Progress(path, enabled=self.workers.rank == 0)
 
     def all_phases(self) -> None:
@@ -158,7 +160,7 @@ class Run:
         model = model_module(self.cfg.model.name).Model(self.cfg.model, self.schema, catalogue)
         loss = Loss(model)
         groups = model.table_groups()
-        return shard(loss, groups, self.cfg.optimizer, self.cfg.sharding, self.cfg.seed)
+        return shard(loss, groups, self.cfg.optimizer, self.cfg.sharding, self.cfg.seed, self.device)
 
     def _manifest(self, phase: Phase) -> Manifest:
         prepared = self.prepared.manifest

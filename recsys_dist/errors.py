@@ -7,7 +7,8 @@
     │   └── QuarantineError  more of the log was refused than `max_quarantined` allows
     ├── TrainError         training cannot go on
     │   └── NonFiniteLossError  the loss is NaN or infinite; names the rows of the batch
-    └── CheckpointError    a checkpoint is torn, or was made for another schema
+    ├── CheckpointError    a checkpoint is torn, or was made for another schema
+    └── BundleError        an exported bundle is damaged, or its parts do not agree
 
 A message names the thing, its value, the limit and the way out. What only a bug in this
 project can cause is an `assert`, not one of these.
@@ -44,3 +45,7 @@ class NonFiniteLossError(TrainError):
 
 class CheckpointError(RecsysError):
     """A checkpoint is incomplete, or does not fit the model or schema it is loaded into."""
+
+
+class BundleError(RecsysError):
+    """A bundle is incomplete or damaged, or what it is made of does not agree."""

@@ -1,11 +1,13 @@
 """Users or items with their attributes, addressed by position; position 0 is one we know nothing of."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from recsys_dist.data.keys import Keys
 from recsys_dist.errors import DataError
 
 
@@ -42,8 +44,11 @@ class Entities:
 
     def positions(self, column: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """[n] int32 positions of the ids; 0 where unknown."""
-        found = pc.fill_null(pc.index_in(column, value_set=self.ids), -1)
-        return np.asarray(found).astype(np.int32) + 1
+        return self._keys.positions(column)
+
+    @cached_property
+    def _keys(self) -> Keys:
+        return Keys(self.ids)
 
     def attribute(self, name: str) -> pa.ChunkedArray:
         """Raw values in position order from 1. Raises DataError that names the attributes there are."""

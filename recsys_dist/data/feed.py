@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
@@ -20,6 +21,7 @@ from recsys_dist.config import rng_for
 from recsys_dist.errors import DataError
 
 _AHEAD_BYTES = 128 << 20  # of blocks read ahead, per worker
+_TIME_BINS = 4096
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Piece:
     """Rows `start:stop` of a parquet file, in stored order or in one drawn from (seed, epoch).
 
     `columns` that the file lacks are left out (`weight` is in some splits only); none named reads all.
+    `since`, in microseconds: only rows from then on are there, and `start` and `stop` count among them.
     """
 
     file: str
@@ -35,13 +38,30 @@ class Piece:
     columns: tuple[str, ...] = ()
     seed: int = 0
     epoch: int = -1  # -1: stored order
+    since: int | None = None
 
     @property
     def rows(self) -> int:
         return self.stop - self.start
 
 
-def deal(files: Iterable[tuple[str, int]], columns: Sequence[str], workers: int) -> list[list[Piece]]:
+def newest_rows(files: Iterable[tuple[str, int]], fraction: float) -> tuple[list[tuple[str, int]], int]:
+    """(file, rows) of at least that fraction of the rows, the newest ones; and `since` when they are.
+
+    Reads the files' `timestamp` column twice. Time is cut as finely as a 1/4096 of what the rows span.
+    """
+    names = [file for file, _ in files]
+    ends = [(int(times.min()), int(times.max())) for times in map(_timestamps, names) if len(times)]
+    first, last = min(low for low, _ in ends), max(high for _, high in ends)
+    edges = first + np.arange(_TIME_BINS) * (last - first + 1) // _TIME_BINS
+    later = np.array([len(t) - np.searchsorted(np.sort(t), edges) for t in map(_timestamps, names)])
+    enough = np.flatnonzero(later.sum(axis=0) >= fraction * later[:, 0].sum())[-1]
+    return list(zip(names, later[:, enough].tolist(), strict=True)), int(edges[enough])
+
+
+def deal(
+    files: Iterable[tuple[str, int]], columns: Sequence[str], workers: int, since: int | None = None
+) -> list[list[Piece]]:
     """Cut (file, rows) pairs into a consecutive share per worker; shares differ by a row at most."""
     sizes = list(files)
     total = sum(rows for _, rows in sizes)
@@ -55,7 +75,7 @@ def deal(files: Iterable[tuple[str, int]], columns: Sequence[str], workers: int)
         for file, rows in sizes:
             start, stop = max(first - before, 0), min(last - before, rows)
             if start < stop:
-                share.append(Piece(file, start, stop, tuple(columns)))
+                share.append(Piece(file, start, stop, tuple(columns), since=since))
             before += rows
         shares.append(share)
     return shares
@@ -131,6 +151,9 @@ def _read(batch: pa.Table) -> Iterator[pa.Table]:
             with pq.ParquetFile(piece.file) as file:
                 wanted = [name for name in piece.columns if name in file.schema_arrow.names]
                 table = file.read(columns=wanted if piece.columns else None, use_threads=False)
+                if piece.since is not None:
+                    recent = _microseconds(file.read(columns=["timestamp"], use_threads=False)) >= piece.since
+                    table = table.filter(pa.array(recent))
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(f"training shard {piece.file!r} cannot be read: {error}; prepare again") from None
         if len(table) < piece.stop:
@@ -140,3 +163,11 @@ def _read(batch: pa.Table) -> Iterator[pa.Table]:
             key = (piece.file.rsplit("/", 1)[-1], piece.start)
             table = table.take(rng_for(piece.seed, "rows", piece.epoch, *key).permutation(piece.rows))
         yield table.combine_chunks()
+
+
+def _timestamps(file: str) -> np.ndarray:
+    return _microseconds(pq.read_table(file, columns=["timestamp"], use_threads=False))
+
+
+def _microseconds(table: pa.Table) -> np.ndarray:
+    return table["timestamp"].to_numpy().astype("datetime64[us]").astype(np.int64)

@@ -34,7 +34,7 @@ from recsys_dist.data.logs import Ledger, LogSpec
 from recsys_dist.data.output import LOCK, sole_writer, write_parquet, write_text
 from recsys_dist.data.prepared import MANIFEST, Manifest, Prepared, ShardSet
 from recsys_dist.data.sources.protocol import Source, SourceConfig, open_source, source_config
-from recsys_dist.data.split import SPLITS, Split, check_split, choose_split
+from recsys_dist.data.split import SPLITS, Split, check_split, choose_split, choose_valid
 from recsys_dist.errors import ConfigError, DataError, QuarantineError, RecsysError, SourceError
 from recsys_dist.schema import Schema, side
 
@@ -47,7 +47,9 @@ class PrepareConfig(Config):
 
     source: SerializeAsAny[SourceConfig]
     features: Schema | None = Field(None, description="schema to use instead of the source's own")
-    valid_from: dt.date | None = Field(None, description="first validation day; default: the day before test")
+    valid_from: dt.date | None = Field(
+        None, description="first validation day; default: the day before test, or days"
+    )
     test_from: dt.date | None = Field(
         None, description="first test day; default: the source's protocol, or late days"
     )
@@ -102,7 +104,7 @@ def _make_examples(
     cfg: PrepareConfig, source: Source, schema: Schema, path: Path, found: dict[str, Any], fingerprint: str
 ) -> None:
     days = {dt.date.fromisoformat(text): rows for text, rows in found["days"].items()}
-    split = _split(cfg, source, sorted(days))
+    split = _split(cfg, source, days)
     buckets = found["buckets"]
     counts = _count(path, buckets, schema, split)
     world = _fit(path, source, schema, counts, split)
@@ -251,19 +253,19 @@ def _watched(rows: Iterable[dict[str, Any]], what: str, total: int | None) -> It
         raise
 
 
-def _split(cfg: PrepareConfig, source: Source, days: list[dt.date]) -> Split:
+def _split(cfg: PrepareConfig, source: Source, rows: dict[dt.date, int]) -> Split:
     test_from = cfg.test_from or source.default_split()
     if test_from is None and cfg.valid_from is None:
-        return choose_split(days)
+        return choose_split(rows)
     if test_from is None:
         raise ConfigError(
             "valid_from is set without test_from; set both, or neither to choose by the log's days"
         )
-    earlier = [found for found in days if found < test_from]
-    if not earlier:
-        raise ConfigError(f"test_from {test_from} leaves nothing to train on: the log begins on {days[0]}")
-    split = Split.parse({"valid_from": cfg.valid_from or earlier[-1], "test_from": test_from})
-    check_split(split, days)
+    if min(rows) >= test_from:
+        raise ConfigError(f"test_from {test_from} leaves nothing to train on: the log begins on {min(rows)}")
+    valid_from = cfg.valid_from or choose_valid(rows, test_from)
+    split = Split.parse({"valid_from": valid_from, "test_from": test_from})
+    check_split(split, list(rows))
     return split
 
 

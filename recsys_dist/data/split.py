@@ -1,6 +1,7 @@
 """Split by time: training days, one block of validation days, test days. Nothing is split at random."""
 
 import datetime as dt
+from collections.abc import Mapping
 from typing import Self
 
 import numpy as np
@@ -12,6 +13,7 @@ from recsys_dist.config import Config
 from recsys_dist.errors import ConfigError, DataError
 
 SPLITS = ("train", "valid", "test")
+LEAST_VALID_SHARE = 0.01  # of the training rows; fewer tell one epoch from another by chance
 
 
 class Split(Config):
@@ -33,12 +35,12 @@ class Split(Config):
         return valid + test
 
 
-def choose_split(dates: list[dt.date], test_fraction: float = 0.15) -> Split:
-    """The last days of a log for test (`test_fraction` of them, at least one), the day before for validation.
+def choose_split(rows: Mapping[dt.date, int], test_fraction: float = 0.15) -> Split:
+    """The last days of a log for test (`test_fraction` of them, at least one), those before for validation.
 
-    Raises DataError for a log of fewer than three days.
+    `rows` are those of each day. Raises DataError for a log of fewer than three days.
     """
-    days = sorted(set(dates))
+    days = sorted(rows)
     if len(days) < 3:
         found = ", ".join(str(day) for day in days) or "none"
         raise DataError(
@@ -46,7 +48,22 @@ def choose_split(dates: list[dt.date], test_fraction: float = 0.15) -> Split:
             "validation and test days. Add days, or check the timestamp column and its unit"
         )
     test_days = max(1, round(len(days) * test_fraction))
-    return Split(valid_from=days[-test_days - 1], test_from=days[-test_days])
+    return Split(valid_from=choose_valid(rows, days[-test_days]), test_from=days[-test_days])
+
+
+def choose_valid(rows: Mapping[dt.date, int], test_from: dt.date) -> dt.date:
+    """The last day before `test_from`, or so many days earlier as give LEAST_VALID_SHARE of the training rows.
+
+    One day is left for training where there are two before `test_from`; there must be one.
+    """
+    days = sorted(day for day in rows if day < test_from)
+    training, valid = sum(rows[day] for day in days), 0
+    chosen = days[-1]
+    for chosen in reversed(days[1:]):
+        training, valid = training - rows[chosen], valid + rows[chosen]
+        if valid >= LEAST_VALID_SHARE * training:
+            break
+    return chosen
 
 
 def check_split(split: Split, dates: list[dt.date]) -> None:

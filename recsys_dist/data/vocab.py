@@ -1,6 +1,7 @@
 """Raw value → table row. Row 0 is unknown: null, rarer than `min_count`, or not seen in training."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from recsys_dist.data.keys import Keys
 from recsys_dist.data.output import write_parquet
 
 UNKNOWN = 0
@@ -39,8 +41,11 @@ class Vocabulary:
 
     def lookup(self, column: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """[n] int32 rows of the raw values."""
-        found = pc.index_in(column.cast(pa.string()), value_set=self.values)
-        return _numpy(pc.add(pc.fill_null(found, -1), 1)).astype(np.int32, copy=False)
+        return self._keys.positions(column)
+
+    @cached_property
+    def _keys(self) -> Keys:
+        return Keys(self.values)
 
     def merge(self, values: pa.Array, counts: np.ndarray, min_count: int = 1) -> "Vocabulary":
         """Add newly seen values behind the known ones, whose rows never change; counts are added up."""
@@ -65,8 +70,3 @@ class Vocabulary:
 
 def _flat(column: pa.ChunkedArray) -> pa.Array:
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-
-
-def _numpy(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    flat = _flat(column) if isinstance(column, pa.ChunkedArray) else column
-    return flat.to_numpy(zero_copy_only=False)

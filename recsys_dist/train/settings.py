@@ -39,6 +39,9 @@ class TrainConfig(Config):
     label: str | None = Field(None, description="binary label to rank by; default: the schema's")
     seed: int = 0
     batch_rows: int = Field(4096, ge=1, description="rows of a global batch, over all workers")
+    newest_fraction: float = Field(
+        1.0, gt=0, le=1, description="train on the newest part of the training rows only, as cheap trials do"
+    )
     epochs: int = Field(5, ge=1, description="at most; the best one on the validation days is kept")
     patience: int = Field(1, ge=1, description="epochs without a better metric before stopping")
     metric: Literal["auc", "gauc", "logloss", "recall@100", "ndcg@100"] | None = Field(

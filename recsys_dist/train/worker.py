@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from recsys_dist.config import rng_for
 from recsys_dist.data.collate import collate, columns
-from recsys_dist.data.feed import Feed, Piece, deal, shuffled
+from recsys_dist.data.feed import Feed, Piece, deal, newest_rows, shuffled
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import NonFiniteLossError, RecsysError
 from recsys_dist.models.protocol import Catalogue, model_module
@@ -180,11 +180,17 @@ class Run:
     def _pieces(self, phase: Phase) -> tuple[list[Piece], list[Piece]]:
         """This worker's share of the training rows, and of the validation rows."""
         names = [*columns(self.schema), "weight"]
-        files = [file for split in phase.train for file in self._files(split)]
-        train = deal(files, names, self.workers.size)[self.workers.rank]
+        files, since = self._training_files(phase)
+        train = deal(files, names, self.workers.size, since)[self.workers.rank]
         held_out = self._files(phase.valid) if phase.valid else []
         names += ["user_id", "truth", "seen"]
         return train, deal(held_out, names, self.workers.size)[self.workers.rank]
+
+    def _training_files(self, phase: Phase) -> tuple[list[tuple[str, int]], int | None]:
+        """What to train on: each file with its rows that are new enough, and since when they are."""
+        files = [file for split in phase.train for file in self._files(split)]
+        fraction = self.cfg.newest_fraction
+        return (files, None) if fraction == 1 else newest_rows(files, fraction)
 
     def _files(self, split: str) -> list[tuple[str, int]]:
         return list(zip(self.prepared.files(split), self.prepared.shards(split).rows, strict=True))
@@ -196,7 +202,7 @@ class Run:
         # Dropout draws anew from here, so that a resumed epoch is the uninterrupted one's.
         key = (self.cfg.seed, "dropout", phase.name, number, self.workers.rank)
         torch.manual_seed(int(rng_for(*key).integers(2**63)))
-        expected = sum(self.prepared.shards(split).total_rows for split in phase.train)
+        expected = sum(self.workers.gather(sum(piece.rows for piece in order)))
         curve = self.progress.curve(phase.name, number, phase.epochs, manifest.step, expected)
         epoch = Epoch(sharded.model, sharded.optimizers, self.idle, self.workers, on_step=curve)
         batches = (collate(table, self.schema) for table in feed.take(order, self.idle.rows))

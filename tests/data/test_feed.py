@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from recsys_dist.data.feed import Feed, Piece, deal, shuffled
+from recsys_dist.data.feed import Feed, Piece, deal, newest_rows, shuffled
 from recsys_dist.errors import DataError
 
 FILES = [("a", 10), ("b", 1), ("c", 7), ("d", 0), ("e", 5)]
@@ -102,3 +102,28 @@ def test_a_damaged_shard_is_named(tmp_path, files, damage):
     piece = Piece(str(file), 0, 101 if damage == "short" else 100)
     with pytest.raises(DataError, match=r"part-00009\.parquet"):
         list(Feed([piece]).take([piece], 8))
+
+
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory) -> list[tuple[str, int]]:
+    """Rows of ten days, mixed over three shards; `row_id` is the hour."""
+    folder = tmp_path_factory.mktemp("timed")
+    hours = np.random.default_rng(0).permutation(240)
+    made = []
+    for number, mine in enumerate(np.split(hours, [100, 103])):
+        times = pa.array(mine * 3_600_000_000, pa.timestamp("us", tz="UTC"))
+        pq.write_table(pa.table({"row_id": mine, "timestamp": times}), folder / f"part-{number:05d}.parquet")
+        made.append((str(folder / f"part-{number:05d}.parquet"), len(mine)))
+    return made
+
+
+@pytest.mark.parametrize("fraction", [1 / 16, 0.25, 0.5, 0.99])
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.ray
+@pytest.mark.usefixtures("cluster")
+def test_the_newest_rows_are_those_and_no_others(timed, fraction, workers):
+    files, since = newest_rows(timed, fraction)
+    shares = [shuffled(share, 0, 1) for share in deal(files, ["row_id"], workers, since)]
+    hours = flat(flat([row_ids(Feed(share).take(share, 7)) for share in shares]))
+    wanted = int(np.ceil(fraction * 240))
+    assert sorted(hours) == list(range(240 - wanted, 240))

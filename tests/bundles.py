@@ -1,0 +1,124 @@
+"""A tiny pair of models trained on the small log: what tests of export and serving start from.
+
+No Ray: the steps of preparation are called one after the other, and workers are plain processes.
+"""
+
+import datetime as dt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+
+from recsys_dist.data import pipeline, stages
+from recsys_dist.data.collate import collate
+from recsys_dist.data.prepared import MANIFEST, Manifest, Prepared, ShardSet
+from recsys_dist.data.split import SPLITS, Split
+from recsys_dist.models.protocol import Catalogue, model_module
+from recsys_dist.train import checkpoint as checkpoints
+from recsys_dist.train.loop import Epoch, Loss, Workers, idle_batch
+from recsys_dist.train.settings import TrainConfig
+from recsys_dist.train.sharding import shard
+from tests.data import small_log
+from tests.data.small_source import Config, Source
+from tests.train.ranks import run_ranks
+
+BATCH_ROWS = 60
+SPLIT = Split(valid_from=dt.date(2024, 3, 7), test_from=dt.date(2024, 3, 8))
+MODELS: dict[str, dict[str, Any]] = {
+    "recall": {
+        "name": "youtubednn",
+        "embedding_dim": 8,
+        "side_dim": 4,
+        "hidden": [16],
+        "output_dim": 8,
+        "negatives": 8,
+    },
+    "ranking": {"name": "wide_deep", "embedding_dim": 8, "hidden": [16]},
+}
+OPTIMIZER = {"deep": {"lr": 0.3}, "wide": {"lr": 0.3}, "dense": {"lr": 0.01}}
+
+
+def prepare(path: Path, log: pa.Table | None = None) -> Prepared:
+    """What `pipeline.prepare` makes of the small log, in one bucket and a shard per split."""
+    log = small_log.events() if log is None else log
+    split, schema, source = SPLIT, small_log.SCHEMA, Source(Config(path=str(path)))
+    for name, values in ((stages.BUCKET, 0), ("part", 0), ("row", range(len(log)))):
+        column = np.broadcast_to(np.asarray(values, np.int32), len(log))
+        log = log.append_column(name, pa.array(column))
+    [written] = stages.write_bucket(log, path, ["part"], keep_duplicates=False)
+    counts = stages.merge_counts(stages.count_bucket(path, 0, schema, split).to_pylist())
+    world = pipeline._fit(path, source, schema, counts, split)
+    pipeline._write_catalogue(path, world, counts)
+    shards = dict.fromkeys(SPLITS, 1)
+    made = list(stages.write_shards(stages.build_bucket(path, 0, world, split, shards), path, shards))
+    sets = {str(row["split"]): pipeline._shard_set([row]) for row in made}
+    for name in ("valid", "test"):
+        file = f"users/{name}/part-00000.parquet"
+        sets[f"users/{name}"] = ShardSet(files=(file,), rows=(pq.read_metadata(path / file).num_rows,))
+    fitted = world.encoders.schema
+    manifest = Manifest(
+        fingerprint=str(written["days"]),
+        schema_digest=fitted.digest(),
+        vocabulary_digest=world.encoders.digest(),
+        fitted_schema=fitted,
+        config={"source": {"kind": "small"}, "split": split.model_dump(mode="json")},
+        splits=sets,
+        ledger={},
+    )
+    (path / MANIFEST).write_text(manifest.model_dump_json())
+    return Prepared.open(path)
+
+
+def train(prepared: Prepared, task: str, root: Path, workers: int, sharding: dict[str, Any]) -> Path:
+    """The checkpoint of a model of `MODELS`, trained for one epoch and saved by `workers` processes."""
+    cfg = config(prepared, task, num_workers=workers, sharding=sharding)
+    return run_ranks(workers, _train, cfg, str(root))[0]
+
+
+def train_pair(prepared: Prepared, root: Path) -> dict[str, Path]:
+    """Checkpoints by task, by one worker: this process."""
+    root.mkdir(parents=True, exist_ok=True)
+    dist.init_process_group("gloo", init_method=(root / "store").as_uri(), rank=0, world_size=1)
+    try:
+        return {task: _train(0, config(prepared, task), str(root / task)) for task in MODELS}
+    finally:
+        dist.destroy_process_group()
+
+
+def config(prepared: Prepared, task: str, **settings: Any) -> TrainConfig:
+    common = {"data": str(prepared.path), "batch_rows": BATCH_ROWS, "optimizer": OPTIMIZER}
+    return TrainConfig.parse({**common, "model": MODELS[task], **settings})
+
+
+def _train(rank: int, cfg: TrainConfig, root: str) -> Path:
+    prepared, workers = Prepared.open(cfg.data), Workers()
+    schema = cfg.inputs(prepared)
+    items = prepared.items
+    positives = items["train_positives"].to_numpy() + items["valid_positives"].to_numpy()
+    catalogue = Catalogue(torch.from_numpy(np.r_[0, positives]))
+    torch.manual_seed(cfg.seed)
+    model = model_module(cfg.model.name).Model(cfg.model, schema, catalogue)
+    sharded = shard(Loss(model), model.table_groups(), cfg.optimizer, cfg.sharding, cfg.seed)
+    rows = pa.concat_tables(
+        pq.read_table(file) for s in ("train", "valid") for file in prepared.files(f"{cfg.task}/{s}")
+    )
+    mine = rows.take(pa.array(np.arange(rank, len(rows), workers.size)))
+    size = cfg.rows_per_worker
+    batches = (collate(mine.slice(start, size), schema) for start in range(0, len(mine), size))
+    totals = Epoch(sharded.model, sharded.optimizers, idle_batch(schema, size), workers).run(batches, 0)
+    manifest = checkpoints.Manifest(
+        model=cfg.model.model_dump(mode="json"),
+        data_schema=prepared.schema,
+        vocabulary_digest=prepared.manifest.vocabulary_digest,
+        data_digest=prepared.manifest.data_digest,
+        seed=cfg.seed,
+        phase="refit",
+        epoch=1,
+        step=totals.steps,
+        history=[],
+    )
+    return checkpoints.save(Path(root), sharded, catalogue, manifest, workers).path

@@ -52,7 +52,7 @@ def choose_split(rows: Mapping[dt.date, int], test_fraction: float = 0.15) -> Sp
 
 
 def choose_valid(rows: Mapping[dt.date, int], test_from: dt.date) -> dt.date:
-    """The last day before `test_from`, or so many days earlier as give LEAST_VALID_SHARE of the training rows.
+    """The last day before `test_from`, or as many days earlier as it takes to hold LEAST_VALID_SHARE.
 
     One day is left for training where there are two before `test_from`; there must be one.
     """

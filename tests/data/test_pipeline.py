@@ -309,7 +309,7 @@ def test_a_log_of_which_nothing_is_usable(tmp_path: Path) -> None:
     ],
 )
 def test_days_that_leave_a_part_empty(settings: dict[str, Any], message: str, source: Config) -> None:
-    days = [dt.date(2024, 3, number) for number in (1, 2, 3, 4, 6, 7, 8)]
+    days = {dt.date(2024, 3, number): 10 for number in (1, 2, 3, 4, 6, 7, 8)}
     with pytest.raises(ConfigError, match=message):
         pipeline._split(config(source, **settings), Source(source), days)
 

@@ -5,7 +5,7 @@ import datetime as dt
 import pyarrow as pa
 import pytest
 
-from recsys_dist.data.split import Split, check_split, choose_split
+from recsys_dist.data.split import Split, check_split, choose_split, choose_valid
 from recsys_dist.errors import ConfigError, DataError
 
 
@@ -26,19 +26,35 @@ def test_days_are_assigned_by_their_boundaries() -> None:
 @pytest.mark.parametrize(("days", "test_days"), [(3, 1), (10, 2), (20, 3), (31, 5)])
 def test_the_last_days_are_held_out(days: int, test_days: int) -> None:
     dates = [day(number) for number in range(1, days + 1)]
-    split = choose_split(dates[::-1] + dates)
+    split = choose_split(dict.fromkeys(reversed(dates), 10))
     assert split == Split(valid_from=dates[-test_days - 1], test_from=dates[-test_days])
     check_split(split, dates)
 
 
 def test_days_without_events_do_not_count() -> None:
-    assert choose_split([day(1), day(2), day(20), day(30)]) == Split(valid_from=day(20), test_from=day(30))
+    rows = dict.fromkeys([day(1), day(2), day(20), day(30)], 10)
+    assert choose_split(rows) == Split(valid_from=day(20), test_from=day(30))
+
+
+@pytest.mark.parametrize(
+    ("rows", "valid_from"),
+    [
+        ((1000, 1000, 20, 500), 3),  # 20 of 2,000 is 1 %
+        ((1000, 1000, 19, 500), 2),
+        ((2000, 7, 6, 7, 500), 2),  # 7, then 13 of more than 2,000, then 20 of 2,000
+        ((2000, 0, 6, 7, 500), 2),  # never enough: the first day stays for training
+        ((5, 500), 1),  # leaves no training day, which check_split says
+    ],
+)
+def test_validation_begins_early_enough_to_hold_a_hundredth(rows: tuple[int, ...], valid_from: int) -> None:
+    by_day = {day(number): count for number, count in enumerate(rows, 1)}
+    assert choose_valid(by_day, test_from=day(len(rows))) == day(valid_from)
 
 
 @pytest.mark.parametrize("days", [0, 1, 2])
 def test_a_log_too_short_to_split_is_refused(days: int) -> None:
     with pytest.raises(DataError, match=rf"covers {days} day\(s\).*at least 3"):
-        choose_split([day(number + 1) for number in range(days)])
+        choose_split({day(number + 1): 10 for number in range(days)})
 
 
 def test_boundaries_out_of_order_are_refused() -> None:

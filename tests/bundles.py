@@ -17,6 +17,7 @@ from recsys_dist.data import pipeline, stages
 from recsys_dist.data.collate import collate
 from recsys_dist.data.prepared import MANIFEST, Manifest, Prepared, ShardSet
 from recsys_dist.data.split import SPLITS, Split
+from recsys_dist.evaluate import EvaluateConfig, evaluate_ranking, evaluate_recall, load_trained
 from recsys_dist.models.protocol import Catalogue, model_module
 from recsys_dist.train import checkpoint as checkpoints
 from recsys_dist.train.loop import Epoch, Loss, Workers, idle_batch
@@ -122,3 +123,12 @@ def _train(rank: int, cfg: TrainConfig, root: str) -> Path:
         history=[],
     )
     return checkpoints.save(Path(root), sharded, catalogue, manifest, workers).path
+
+
+def evaluations(prepared: Prepared, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """Both models on the test days, as `jobs` evaluate them."""
+    cfg = EvaluateConfig(bootstrap=2)
+    return {
+        "recall": evaluate_recall(prepared, load_trained(checkpoints["recall"], prepared), cfg),
+        "ranking": evaluate_ranking(prepared, load_trained(checkpoints["ranking"], prepared), cfg),
+    }

@@ -57,7 +57,7 @@ class Config(SourceConfig):
     seed: int = 0
     users: int = Field(2_000, ge=1)
     items: int = Field(1_000, ge=2)
-    events: int = Field(400_000, ge=1)
+    events: int = Field(800_000, ge=1)
     days: int = Field(14, ge=1)
     first_day: date = date(2024, 1, 1)
     segments: int = Field(12, ge=1)

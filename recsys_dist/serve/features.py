@@ -1,0 +1,92 @@
+"""What is known of users and candidates → model inputs, by the functions that made the training rows.
+
+What depends on the item alone is computed once for the whole catalogue; per request only the user's side,
+and where both meet (crosses) their product.
+
+R requests, C candidates of all requests, P positions of items (`World.items`; 0 is one we know nothing of)
+"""
+
+from collections.abc import Collection
+from dataclasses import replace
+from functools import cached_property
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+
+from recsys_dist.bundle import Bundle, Served
+from recsys_dist.data import transforms
+from recsys_dist.data.examples import STATE, World, features, sort_events
+from recsys_dist.schema import Sequence
+
+REQUEST = "request"  # which request a row asks for
+
+
+class Features:
+    """The features named `read`; immutable, and safe to use from several threads."""
+
+    def __init__(self, world: World, read: Collection[str]) -> None:
+        self.world = world
+        self.schema = world.encoders.schema
+        wanted = [feature for feature in self.schema.features if feature.name in read]
+        # crosses of the item's side with another: known only once both are
+        self._met = [f for f in self.schema.crosses if f in wanted and {"item"} < self.schema.sides(f)]
+        self._of_item = [f.name for f in wanted if self.schema.sides(f) == {"item"}]
+        self._of_user = [f.name for f in wanted if "item" not in self.schema.sides(f)]
+        listed = {f.of for f in wanted if isinstance(f, Sequence)}
+        self._world = _reading(world, {*self._of_user, *listed})
+
+    @classmethod
+    def of(cls, bundle: Bundle, *read_by: Served) -> Self:
+        """What these models of the bundle read."""
+        read = {feature.name for served in read_by for feature in served.schema.features}
+        return cls(World(bundle.encoders, bundle.users, bundle.items), read)
+
+    def users(self, past: pa.Table, asked: pa.Table) -> pa.Table:
+        """A row for each of `asked` [R]: every feature that does not depend on the item.
+
+        `asked` has user_id, timestamp and the context columns of each request; `past` the events of these
+        users, of which those before the request's timestamp count.
+        """
+        states = asked.append_column(STATE, pa.array(np.ones(len(asked), bool)))
+        states = states.append_column(REQUEST, pa.array(np.arange(len(asked))))
+        both = sort_events(pa.concat_tables([past, states], promote_options="default"))
+        of = np.flatnonzero(np.asarray(both[STATE].is_valid()))
+        found = features(both, self._world, of)
+        back = np.argsort(both[REQUEST].take(pa.array(of)).to_numpy())
+        return pa.table({name: found[name] for name in self._of_user}).take(pa.array(back))
+
+    def rows(self, users: pa.Table, of: np.ndarray, positions: np.ndarray) -> pa.Table:
+        """[C] rows as a training shard has them: the item at `positions` [C] for row `of` [C] of `users`."""
+        columns: dict[str, pa.Array | pa.ChunkedArray | np.ndarray] = {
+            name: users[name].take(pa.array(of)) for name in users.column_names
+        }
+        columns |= {name: values[positions] for name, values in self._catalogue.items()}
+        for feature in self._met:
+            parts = [np.asarray(columns[name]) for name in feature.of]
+            columns[feature.name] = transforms.cross(parts, feature.hash_buckets)
+        return pa.table(columns)
+
+    def with_unknown_item(self, users: pa.Table) -> pa.Table:
+        """[R] rows for a user tower, which does not look at the item."""
+        return self.rows(users, np.arange(len(users)), np.zeros(len(users), np.int64))
+
+    @cached_property
+    def _catalogue(self) -> dict[str, np.ndarray]:
+        """Each feature of the item alone, by position [P]; past statistics as they stand once frozen."""
+        world = _reading(self.world, self._of_item)
+        count = len(world.items) + 1
+        frozen_us = world.encoders.freeze_day * transforms.DAY_US + transforms.DAY_US
+        asked = {
+            "user_id": pa.array([""] * count),
+            "item_id": pa.concat_arrays([pa.nulls(1, pa.string()), world.items.ids]),
+            "timestamp": pa.array(np.full(count, frozen_us), pa.timestamp("us", "UTC")),
+            STATE: pa.array(np.ones(count, bool)),
+        }
+        found = features(pa.table(asked), world, np.arange(count))
+        return {name: np.asarray(found[name]) for name in self._of_item}
+
+
+def _reading(world: World, names: Collection[str]) -> World:
+    schema = world.encoders.schema.select(names)
+    return World(replace(world.encoders, schema=schema), world.users, world.items)

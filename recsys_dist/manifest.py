@@ -110,13 +110,13 @@ def read(directory: Path) -> Manifest:
     """The manifest alone; BundleError where it is missing, damaged, or of another format."""
     file = directory / MANIFEST
     try:
-        values = json.loads(file.read_bytes())
+        values = dict(json.loads(file.read_bytes()))
         checksum, found = values.pop("checksum"), values["format"]
     except FileNotFoundError:
         raise BundleError(
             f"{str(directory)!r} is no bundle: it has no {MANIFEST}; make one with: python -m jobs.export"
         ) from None
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{str(file)!r} cannot be read: {type(error).__name__}: {error}") from None
     if found != FORMAT:
         raise BundleError(

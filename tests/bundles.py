@@ -1,6 +1,6 @@
 """A tiny pair of models trained on the small log: what tests of export and serving start from.
 
-No Ray: the steps of preparation are called one after the other, and workers are plain processes.
+No Ray: the steps of preparation are called one after the other, and there is one worker, this process.
 """
 
 import datetime as dt
@@ -19,10 +19,10 @@ from recsys_dist.data.prepared import MANIFEST, Manifest, Prepared, ShardSet
 from recsys_dist.data.split import SPLITS, Split
 from recsys_dist.evaluate import EvaluateConfig, evaluate_ranking, evaluate_recall, load_trained
 from recsys_dist.models.protocol import Catalogue, model_module
-from recsys_dist.train import checkpoint as checkpoints
+from recsys_dist.train import checkpoint as checkpointing
 from recsys_dist.train.loop import Epoch, Loss, Workers, idle_batch
 from recsys_dist.train.settings import TrainConfig
-from recsys_dist.train.sharding import shard
+from recsys_dist.train.sharding import ShardedModel, shard
 from tests.data import small_log
 from tests.data.small_source import Config, Source
 from tests.train.ranks import run_ranks
@@ -74,18 +74,12 @@ def prepare(path: Path, log: pa.Table | None = None) -> Prepared:
     return Prepared.open(path)
 
 
-def train(prepared: Prepared, task: str, root: Path, workers: int, sharding: dict[str, Any]) -> Path:
-    """The checkpoint of a model of `MODELS`, trained for one epoch and saved by `workers` processes."""
-    cfg = config(prepared, task, num_workers=workers, sharding=sharding)
-    return run_ranks(workers, _train, cfg, str(root))[0]
-
-
 def train_pair(prepared: Prepared, root: Path) -> dict[str, Path]:
     """Checkpoints by task, by one worker: this process."""
     root.mkdir(parents=True, exist_ok=True)
     dist.init_process_group("gloo", init_method=(root / "store").as_uri(), rank=0, world_size=1)
     try:
-        return {task: _train(0, config(prepared, task), str(root / task)) for task in MODELS}
+        return {task: _train(config(prepared, task), root / task) for task in MODELS}
     finally:
         dist.destroy_process_group()
 
@@ -95,23 +89,42 @@ def config(prepared: Prepared, task: str, **settings: Any) -> TrainConfig:
     return TrainConfig.parse({**common, "model": MODELS[task], **settings})
 
 
-def _train(rank: int, cfg: TrainConfig, root: str) -> Path:
-    prepared, workers = Prepared.open(cfg.data), Workers()
-    schema = cfg.inputs(prepared)
+def resave(prepared: Prepared, checkpoints: dict[str, Path], root: Path, workers: int) -> dict[str, Path]:
+    """The same weights in checkpoints that `workers` processes wrote, tables cut by rows."""
+    return run_ranks(workers, _resave, str(prepared.path), checkpoints, str(root), workers)[0]
+
+
+def _resave(_rank: int, data: str, checkpoints: dict[str, Path], root: str, workers: int) -> dict[str, Path]:
+    saved = {}
+    for task, path in checkpoints.items():
+        found = checkpointing.Checkpoint(path, checkpointing.verify(path))
+        cfg = config(Prepared.open(data), task, num_workers=workers, sharding={"kind": "row_wise"})
+        sharded, catalogue = _sharded(cfg)
+        checkpointing.load(found, sharded)
+        saved[task] = checkpointing.save(Path(root, task), sharded, catalogue, found.manifest, Workers()).path
+    return saved
+
+
+def _sharded(cfg: TrainConfig) -> tuple[ShardedModel, Catalogue]:
+    prepared = Prepared.open(cfg.data)
     items = prepared.items
     positives = items["train_positives"].to_numpy() + items["valid_positives"].to_numpy()
     catalogue = Catalogue(torch.from_numpy(np.r_[0, positives]))
     torch.manual_seed(cfg.seed)
-    model = model_module(cfg.model.name).Model(cfg.model, schema, catalogue)
-    sharded = shard(Loss(model), model.table_groups(), cfg.optimizer, cfg.sharding, cfg.seed)
+    model = model_module(cfg.model.name).Model(cfg.model, cfg.inputs(prepared), catalogue)
+    return shard(Loss(model), model.table_groups(), cfg.optimizer, cfg.sharding, cfg.seed), catalogue
+
+
+def _train(cfg: TrainConfig, root: Path) -> Path:
+    prepared, workers = Prepared.open(cfg.data), Workers()
+    schema, (sharded, catalogue) = cfg.inputs(prepared), _sharded(cfg)
     rows = pa.concat_tables(
         pq.read_table(file) for s in ("train", "valid") for file in prepared.files(f"{cfg.task}/{s}")
     )
-    mine = rows.take(pa.array(np.arange(rank, len(rows), workers.size)))
-    size = cfg.rows_per_worker
-    batches = (collate(mine.slice(start, size), schema) for start in range(0, len(mine), size))
+    size = cfg.batch_rows
+    batches = (collate(rows.slice(start, size), schema) for start in range(0, len(rows), size))
     totals = Epoch(sharded.model, sharded.optimizers, idle_batch(schema, size), workers).run(batches, 0)
-    manifest = checkpoints.Manifest(
+    manifest = checkpointing.Manifest(
         model=cfg.model.model_dump(mode="json"),
         data_schema=prepared.schema,
         vocabulary_digest=prepared.manifest.vocabulary_digest,
@@ -122,7 +135,7 @@ def _train(rank: int, cfg: TrainConfig, root: str) -> Path:
         step=totals.steps,
         history=[],
     )
-    return checkpoints.save(Path(root), sharded, catalogue, manifest, workers).path
+    return checkpointing.save(root, sharded, catalogue, manifest, workers).path
 
 
 def evaluations(prepared: Prepared, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]]:

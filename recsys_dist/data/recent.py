@@ -7,6 +7,9 @@ import pyarrow.compute as pc
 from recsys_dist.data import transforms
 from recsys_dist.schema import Schema
 
+# with the inner name that Parquet gives: written, read and written again it is the same file
+_AS_READ = pa.list_(pa.field("element", pa.int32()))
+
 
 def recent(events: pa.Table, schema: Schema) -> pa.Table:
     """The events, sorted by `examples.sort_events`, that a later example of their user can still see.
@@ -35,7 +38,7 @@ def shown(events: pa.Table, item_ids: pa.Array) -> pa.Table:
     pairs = np.unique((np.asarray(users.indices).astype(np.int64) << 32 | rows)[rows > 0])
     of_user, items = pairs >> 32, (pairs & 0xFFFFFFFF).astype(np.int32)
     offsets = np.r_[0, np.cumsum(np.bincount(of_user, minlength=len(users.dictionary)))].astype(np.int32)
-    lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(items))
+    lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(items), _AS_READ)
     return pa.table({"user_id": users.dictionary, "items": lists})
 
 

@@ -1,6 +1,8 @@
 """What every command line shares: errors in plain words, and the settings of a config as help text."""
 
+import errno
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -11,19 +13,31 @@ from pydantic_core import PydanticUndefined
 from recsys_dist.config import Config
 from recsys_dist.errors import RecsysError
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def reported(main: Callable[[list[str]], None], argv: list[str]) -> int:
-    """Run a job; a user's mistake is one line on stderr and exit code 2, Ctrl-C is 130."""
+    """Run a job; a user's mistake or a full disk is one line on stderr and exit code 2, Ctrl-C is 130."""
     _quiet()
     try:
         main(argv)
     except RecsysError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _told(str(error))
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        what = f"{error.filename!r} cannot be written: {error.strerror}" if error.filename else error.strerror
+        return _told(f"{what}; make room, and run the same command again: it continues")
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second one while Ray's processes end
         print("interrupted; the same command again continues", file=sys.stderr)
         return 130
     return 0
+
+
+def _told(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 def _quiet() -> None:

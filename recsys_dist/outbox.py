@@ -114,6 +114,8 @@ class Recorder:
             data = line.encode()
             while data:
                 data = data[os.write(file, data) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
         finally:
             os.close(file)
 
@@ -153,7 +155,10 @@ def _parse(line: bytes, path: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class State:
-    """How far an outbox was delivered; `token` finds the MLflow run if its id was not yet written."""
+    """How far an outbox was delivered; `token` finds the MLflow run if its id was not yet written.
+
+    parent  name of the run, beside this one, that it is nested under
+    """
 
     uri: str
     experiment: str
@@ -161,6 +166,7 @@ class State:
     token: str
     run_id: str | None = None
     delivered_bytes: int = 0
+    parent: str | None = None
 
     def save(self, directory: Path) -> None:
         """Replace the saved state at once; only the owner may read it, for a URI can hold a password."""

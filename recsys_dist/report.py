@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recsys_dist.data.output import write_text
 from recsys_dist.plots import Bars, Plot, svg
 
 HIGHER_IS_BETTER = {"auc": True, "gauc": True, "logloss": False, "ece": False}
@@ -58,9 +59,7 @@ def write(report: Mapping[str, Any], story: Story, path: Path) -> None:
         *_next_steps(story.next_steps, report.get("mlflow")),
     ]
     page = PAGE.replace("{title}", _text(story.title)).replace("{body}", "\n".join(parts))
-    fresh = path.with_suffix(".new")
-    fresh.write_text(page, encoding="utf-8")
-    fresh.replace(path)
+    write_text(page, path)
 
 
 def recall_bars(recall: Mapping[str, Any]) -> Bars:

@@ -69,7 +69,8 @@ class Run:
 
     def __init__(self, sender: Sender, sampler: UsageSampler, lock: int) -> None:
         self.record = sender.recorder
-        self._sender, self._sampler, self._lock = sender, sampler, lock
+        self._sender, self._sampler, self._locks = sender, sampler, [lock]
+        self._children: list[Sender] = []
         self._trouble: str | None = None
         self._delivery: Delivery | None = None
         self._closing = threading.Event()
@@ -91,6 +92,18 @@ class Run:
         """The most memory that this process and its descendants held at once so far."""
         return self._sampler.peak_rss_bytes
 
+    def child(self, name: str) -> Recorder:
+        """Begin a run nested under this one, or go on with it; this run's thread delivers it too.
+
+        Say with `status` how it ended; one that is still running when this run closes ends like it.
+        """
+        mine = self._sender.state
+        sender, lock = _open(self._sender.directory.parent / name, mine.uri, mine.experiment, mine.name)
+        sender.recorder.status("RUNNING")
+        self._locks.append(lock)
+        self._children.append(sender)
+        return sender.recorder
+
     def close(self, status: Status = "FINISHED") -> Delivery:
         """Record the end, try once more to deliver, and tell what is left. Never raises for a server.
 
@@ -98,11 +111,20 @@ class Run:
         """
         if self._delivery is None:
             self._sampler.stop()
-            self.record.status(status)
+            try:
+                self.record.status(status)
+                for child in self._children:
+                    if child.recorder.last_status() == "RUNNING":
+                        child.recorder.status(status)
+            except OSError as error:  # what stopped the run, such as a full disk, is on its way up
+                log.warning("the end of run %r is not recorded: %s", self._sender.state.name, error)
             self._closing.set()
             self._thread.join(FINAL_WAIT_S)
             self._delivery = _delivery(self._sender, self._trouble)
-            os.close(self._lock)
+            waiting = sum(child.waiting_records() for child in self._children)
+            self._delivery = replace(self._delivery, waiting_records=self._delivery.waiting_records + waiting)
+            for lock in self._locks:
+                os.close(lock)
         return self._delivery
 
     def __enter__(self) -> Self:
@@ -121,7 +143,8 @@ class Run:
         while not closing:
             closing = self._closing.wait(pause_s)
             try:
-                self._sender.deliver()
+                for sender in (self._sender, *self._children):  # a child needs its parent's id
+                    sender.deliver()
             except TROUBLE as error:
                 if self._trouble is None:
                     log.warning("%s takes no records: %s; the run goes on", self.uri, short_reason(error))
@@ -138,26 +161,31 @@ def open_run(cfg: TrackingConfig, out: Path, name: str) -> Run:
     Its records lie in `out`/tracking/`name`. Returns at once, whether the server answers or not.
     Raises ConfigError where another living process writes the same run.
     """
-    directory = (out / "tracking" / name).resolve()
+    prepare_mlflow(cfg.request_timeout_s)
+    uri = cfg.uri or f"sqlite:///{out.resolve() / 'mlflow.db'}"
+    sender, lock = _open((out / "tracking" / name).resolve(), uri, cfg.experiment, parent=None)
+    sender.recorder.status("RUNNING")
+    sender.recorder.tags(provenance())
+    return Run(sender, UsageSampler(sender.recorder, cfg.system_metrics_every_s), lock)
+
+
+def _open(directory: Path, uri: str, experiment: str, parent: str | None) -> tuple[Sender, int]:
+    """The sender of a run's directory, and the lock on it; what was sent to another server is sent again."""
     directory.mkdir(parents=True, exist_ok=True)
     lock = try_lock(directory / "lock")
     if lock is None:
         raise ConfigError(
-            f"run {name!r} in {str(out)!r} is being written by another process; "
+            f"run {directory.name!r} in {str(directory.parent.parent)!r} is being written by another process; "
             "wait for it or choose another --out"
         )
-    prepare_mlflow(cfg.request_timeout_s)
-    uri = cfg.uri or f"sqlite:///{out.resolve() / 'mlflow.db'}"
     state = load_state(directory)
     if state is None:
-        state = State(uri, cfg.experiment, name, token=os.urandom(16).hex())
-    elif (state.uri, state.experiment) != (uri, cfg.experiment):  # another server hears it all from the start
-        state = replace(state, uri=uri, experiment=cfg.experiment, run_id=None, delivered_bytes=0)
+        state = State(uri, experiment, directory.name, token=os.urandom(16).hex(), parent=parent)
+    elif (state.uri, state.experiment) != (uri, experiment):  # another server hears it all from the start
+        state = replace(state, uri=uri, experiment=experiment, run_id=None, delivered_bytes=0)
     sender = Sender(directory, state)
     state.save(directory)
-    sender.recorder.status("RUNNING")
-    sender.recorder.tags(provenance())
-    return Run(sender, UsageSampler(sender.recorder, cfg.system_metrics_every_s), lock)
+    return sender, lock
 
 
 def deliver_pending(out: Path, request_timeout_s: int = 5) -> list[Delivery]:

@@ -52,9 +52,16 @@ def write_parquet(table: pa.Table, path: Path) -> None:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Whole or not at all."""
-    with replacing(path) as partial:
-        partial.write_text(text)
+    """Whole or not at all, also after a power cut."""
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    folder = os.open(path.parent, os.O_RDONLY)  # a rename is an entry of its directory
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 @contextmanager

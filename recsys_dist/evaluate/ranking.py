@@ -15,6 +15,7 @@ import torch
 
 from recsys_dist.baselines import LabelCounts, TargetEncoding, encoded_columns
 from recsys_dist.data import collate
+from recsys_dist.data.output import write_parquet
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.evaluate.trained import EvaluateConfig, MapFiles, Trained, known_before
 from recsys_dist.metrics import RankingState, intervals, ranking_replicates, reliability
@@ -98,11 +99,10 @@ class Scorer:
 
     def _write_predictions(self, table: pa.Table, logits: np.ndarray, file: str) -> None:
         assert self.predictions is not None
-        self.predictions.mkdir(parents=True, exist_ok=True)
         rows = {name: table[name] for name in ("user_id", "item_id", "row_id") if name in table.column_names}
         rows["label"] = table[self.trained.schema.ranking_label]
         rows["probability"] = pa.array(1 / (1 + np.exp(-logits.astype(np.float64))), pa.float32())
-        pq.write_table(pa.table(rows), self.predictions / Path(file).name)
+        write_parquet(pa.table(rows), self.predictions / Path(file).name)
 
 
 def score_rows(trained: Trained, table: pa.Table, batch_rows: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import nn
 
 from recsys_dist.config import Config
+from recsys_dist.data.output import write_text
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import CheckpointError
 from recsys_dist.models.protocol import model_module
@@ -70,8 +71,7 @@ def known_before(split: str) -> tuple[str, ...]:
 
 def write_json(values: dict[str, Any], file: Path) -> None:
     """Write `values` with NaN as null, which JSON has no other word for."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(_without_nan(values), indent=1) + "\n")
+    write_text(json.dumps(_without_nan(values), indent=1) + "\n", file)
 
 
 def _without_nan(value: Any) -> Any:

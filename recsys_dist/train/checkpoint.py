@@ -6,12 +6,11 @@ is torn and is passed over. (DCP's own `.metadata` is a pickle: it is read only 
 """
 
 import hashlib
-import json
 import logging
-import os
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from pydantic import Field, ValidationError
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 
 from recsys_dist.config import Config
-from recsys_dist.errors import CheckpointError
+from recsys_dist.data.output import naming, write_text
+from recsys_dist.errors import CheckpointError, DataError
 from recsys_dist.models.protocol import Catalogue, model_module
 from recsys_dist.schema import Schema
 from recsys_dist.train.loop import Loss, Workers
@@ -76,12 +76,16 @@ class Checkpoint:
 def save(
     root: Path, sharded: ShardedModel, catalogue: Catalogue, manifest: Manifest, workers: Workers
 ) -> Checkpoint:
-    """Write a checkpoint into a fresh directory below `root`. Collective; all workers see one file system."""
+    """Write a checkpoint into a fresh directory below `root`. Collective; all workers see one file system.
+
+    Raises CheckpointError where it cannot be written, as on a full disk; older checkpoints stay as they were.
+    """
     path = root / workers.agree(f"epoch-{manifest.epoch:04d}-{uuid.uuid4().hex[:8]}")
     state = {**_live_state(sharded), "catalogue.positives": catalogue.positives}
     state |= {f"dense.{key}": value for key, value in sharded.optimizers.state().items()}
     writer = FileSystemWriter(path, sync_files=True)
-    dcp.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
+    with _removing_torn(path):
+        dcp.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
     mine = {f.name: _entry(f) for f in sorted(path.iterdir()) if _belongs_to(f.name, workers.rank)}
     entries: dict[str, FileEntry] = {}
     for theirs in workers.gather(mine):
@@ -89,7 +93,8 @@ def save(
     placed = {"files": entries, "plan": sharded.plan(), "workers": workers.size}
     manifest = Manifest.parse({**manifest.model_dump(), **placed})
     if workers.rank == 0:
-        write_synced(path / MANIFEST, manifest.model_dump_json(indent=1))
+        with _removing_torn(path):
+            write_text(manifest.model_dump_json(indent=1), path / MANIFEST)
     workers.gather(None)  # committed for all, or for none
     return Checkpoint(path, manifest)
 
@@ -178,25 +183,18 @@ def retain(root: Path, keep: Iterable[Path]) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def write_synced(file: Path, text: str) -> None:
-    """Replace a file's text in one step that survives a kill and a power cut."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}")
-    with fresh.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    fresh.replace(file)
-    folder = os.open(file.parent, os.O_RDONLY)
+@contextmanager
+def _removing_torn(path: Path) -> Iterator[None]:
+    """CheckpointError where the block cannot write the checkpoint `path`; what there is of it is removed."""
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def read_json(file: Path) -> Any:
-    """Parsed JSON, or None where there is no file."""
-    return json.loads(file.read_text()) if file.is_file() else None
+        with naming(path):
+            try:
+                yield
+            except CheckpointException as error:  # what went wrong on any worker, raised on all
+                raise next(iter(error.failures.values()))[0] from None
+    except DataError as error:
+        shutil.rmtree(path, ignore_errors=True)
+        raise CheckpointError(str(error)) from None
 
 
 def _live_state(sharded: ShardedModel) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from recsys_dist.train.checkpoint import write_synced
+from recsys_dist.data.output import naming, write_text
 from recsys_dist.train.loop import Totals
 
 PROGRESS = "progress.jsonl"
@@ -28,7 +28,7 @@ class Progress:
         if self._enabled and self._file.exists():
             lines = [line for line, _ in read(self._file)]
             kept = [line for line in lines if line["phase"] != phase or line["epoch"] <= epochs]
-            write_synced(self._file, "".join(json.dumps(line) + "\n" for line in kept))
+            write_text("".join(json.dumps(line) + "\n" for line in kept), self._file)
 
     def epoch(self, phase: str, of: int, entry: dict[str, Any]) -> None:
         """An epoch is trained, validated and committed."""
@@ -65,7 +65,7 @@ class Progress:
 
     def _append(self, line: dict[str, Any]) -> None:
         if self._enabled:
-            with self._file.open("a") as stream:
+            with naming(self._file), self._file.open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
 
 

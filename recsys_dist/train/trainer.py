@@ -20,15 +20,16 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from tqdm import tqdm
 
 from recsys_dist import errors, session
+from recsys_dist.data.output import write_text
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import ConfigError, RecsysError, TrainError
-from recsys_dist.train.checkpoint import write_synced
 from recsys_dist.train.progress import PROGRESS, read
 from recsys_dist.train.settings import TrainConfig
-from recsys_dist.train.worker import FAILURE, RESULT, train_worker
+from recsys_dist.train.worker import FAILURE, RESERVE, RESULT, train_worker
 
 OnReport = Callable[[dict[str, Any]], None]
 _POLL_S = 0.3
+_RESERVE_BYTES = 8192
 
 
 @dataclass(frozen=True)
@@ -51,19 +52,21 @@ def fit(cfg: TrainConfig, out: str | Path, on_report: OnReport | None = None) ->
     """Train, in a directory below `out` that is named after the configuration and the data.
 
     A run that was interrupted goes on; one that is finished returns at once. `on_report` is called in a
-    thread of this process with each line of progress (see `train.progress`), with all lines so far when a
-    run goes on. Raises ConfigError before anything starts, TrainError when training cannot go on.
+    thread of this process with each line of progress (see `train.progress`), those of former starts too.
+    Raises ConfigError before anything starts, TrainError or another RecsysError when training cannot go on.
     """
     prepared = Prepared.open(cfg.data)
     cfg.check(prepared)
     run = run_directory(cfg, prepared, out)
-    if not (run / RESULT).exists():
-        session.connect()
-        _check_cluster(cfg)
-        write_synced(run / "config.yaml", cfg.to_yaml())
-        (run / FAILURE).unlink(missing_ok=True)
-        with _reports(run / PROGRESS, on_report):
+    with _reports(run / PROGRESS, on_report):
+        if not (run / RESULT).exists():
+            session.connect()
+            _check_cluster(cfg)
+            write_text(cfg.to_yaml(), run / "config.yaml")
+            write_text(" " * _RESERVE_BYTES, run / RESERVE)
+            (run / FAILURE).unlink(missing_ok=True)
             _train(cfg, run)
+            (run / RESERVE).unlink(missing_ok=True)
     found = json.loads((run / RESULT).read_text())
     return FitResult(run=run, **{**found, "checkpoint": run / found["checkpoint"]})
 
@@ -74,12 +77,19 @@ def run_directory(cfg: TrainConfig, prepared: Prepared, out: str | Path) -> Path
     return Path(out).absolute() / name
 
 
+class _Trainer(TorchTrainer):
+    """Leaves Ctrl-C to Python: Ray's handler ends the process without a word, and outlives `fit`."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
+
+
 def _train(cfg: TrainConfig, run: Path) -> None:
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # notices a lost worker sooner
     scratch = run / "ray"  # Ray Train's own files, of no use afterwards: we resume from our checkpoints
     values = {**cfg.model_dump(mode="json"), "data": str(Path(cfg.data).absolute())}
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         train_worker,
         train_loop_config={"config": values, "run": str(run)},
         scaling_config=ScalingConfig(

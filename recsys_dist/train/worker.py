@@ -20,6 +20,7 @@ import torch.distributed as dist
 from recsys_dist.config import rng_for
 from recsys_dist.data.collate import collate, columns
 from recsys_dist.data.feed import Feed, Piece, deal, newest_rows, shuffled
+from recsys_dist.data.output import write_text
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import NonFiniteLossError, RecsysError
 from recsys_dist.models.protocol import Catalogue, model_module
@@ -33,6 +34,7 @@ from recsys_dist.train.validate import RECALL_AT, item_vectors, recall_users, sc
 
 RESULT = "result.json"
 FAILURE = "failure.json"  # why training cannot go on: written by a worker, read by the driver
+RESERVE = "failure.reserve"  # gives way to FAILURE, so that a full disk can be told of
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ def train_worker(values: dict[str, Any]) -> None:
         Run(cfg, run).all_phases()
     except RecsysError as error:
         text = json.dumps({"kind": type(error).__name__, "message": str(error)})
-        checkpoints.write_synced(run / FAILURE, text)
+        (run / RESERVE).unlink(missing_ok=True)
+        write_text(text, run / FAILURE)
         raise
 
 
@@ -102,7 +105,7 @@ class Run:
                 "seconds": seconds,
                 "rows_per_s": sum(entry["trained_rows"] for entry in trained) / seconds,
             }
-            checkpoints.write_synced(self.path / RESULT, json.dumps(result))
+            write_text(json.dumps(result), self.path / RESULT)
         self.workers.gather(None)
 
     def run(self, phase: Phase) -> Checkpoint:

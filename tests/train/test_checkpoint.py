@@ -1,4 +1,5 @@
 import logging
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -132,10 +133,7 @@ def test_inference_needs_one_process(saved, monkeypatch):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("damage", ["no manifest", "cut manifest", "missing file", "short file", "one bit"])
-def test_a_torn_checkpoint_is_passed_over_by_name(root, damage, caplog, monkeypatch):
-    monkeypatch.setattr(
-        checkpoints.log, "disabled", False
-    )  # import-linter, in its test, disables all loggers
+def test_a_torn_checkpoint_is_passed_over_by_name(root, damage, caplog):
     newest = max(root.iterdir())
     file = max(newest.glob("*.distcp"), key=lambda f: f.stat().st_size)
     content = bytearray(file.read_bytes())
@@ -154,6 +152,22 @@ def test_a_torn_checkpoint_is_passed_over_by_name(root, damage, caplog, monkeypa
         found = latest_valid(root)
     assert found is not None and found.manifest.epoch == 1
     assert newest.name in caplog.text
+
+
+def save_without_room(rank: int, root: str) -> None:
+    sharded = sharded_model({})
+    checkpoints.save(Path(root), sharded, catalogue(), manifest(1), Workers())
+    if rank == 1:  # as a full disk: no file of this process may grow beyond 1,000 bytes
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    with pytest.raises(CheckpointError, match=r"epoch-0002.* cannot be written: File too large; make room"):
+        checkpoints.save(Path(root), sharded, catalogue(), manifest(2), Workers())
+
+
+@pytest.mark.ranks
+def test_a_checkpoint_that_finds_no_room_leaves_the_last_one(tmp_path):
+    run_ranks(2, save_without_room, str(tmp_path))
+    [left] = tmp_path.iterdir()
+    assert verify(left).epoch == 1
 
 
 @pytest.mark.ranks

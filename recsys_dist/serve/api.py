@@ -25,6 +25,14 @@ Value = Text | bool | int | FiniteFloat | None
 Items = Annotated[list[Id], Field(max_length=MOST_ITEMS)]
 
 
+class InvalidError(Exception):
+    """A request is well formed and cannot be answered; `problems` has the field and the problem of each."""
+
+    def __init__(self, problems: list[dict[str, str]]) -> None:
+        super().__init__(problems)
+        self.problems = problems
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -22,6 +22,7 @@ from recsys_dist.data.logs import LogSpec
 from recsys_dist.serve.api import (
     Answer,
     Asked,
+    InvalidError,
     RankRequest,
     RecallRequest,
     RecommendRequest,
@@ -104,7 +105,14 @@ class Recommender:
         self._position_of_row = np.r_[0, bundle.items.positions(bundle.item_ids)]
         self.spec = LogSpec.from_schema(bundle.encoders.schema)
         offset_us = int(bundle.encoders.schema.utc_offset_hours * transforms.HOUR_US)
-        self.earliest_us = bundle.encoders.freeze_day * transforms.DAY_US - offset_us
+        self._earliest_us = bundle.encoders.freeze_day * transforms.DAY_US - offset_us
+
+    def check(self, asked: Asked) -> None:
+        """InvalidError for a request as of a time that the bundle's frozen statistics do not describe."""
+        if asked.timestamp is not None and asked.timestamp.timestamp() * 1e6 < self._earliest_us:
+            earliest = datetime.fromtimestamp(self._earliest_us / 1e6, UTC).isoformat()
+            problem = f"is before {earliest}, where this bundle's knowledge ends"
+            raise InvalidError([{"field": "timestamp", "problem": problem}])
 
     async def recommend(
         self, asked: Sequence[RecommendRequest], budget_ms: float = BUDGET_MS
@@ -226,6 +234,8 @@ class Recommender:
                 row[: len(left)] = left
 
     async def _rank(self, work: Work, of: np.ndarray, positions: np.ndarray) -> np.ndarray | None:
+        if not len(of):
+            return None  # nothing is left to rank
         return await _timed(work, "ranking", self.stages.rank(work.users, of, positions))
 
     def _popular(self, excluded: np.ndarray, k: int) -> np.ndarray:

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from recsys_dist.bundle import Bundle
 from recsys_dist.data.keys import Keys
+from recsys_dist.data.logs import LogSpec
 from recsys_dist.data.output import naming, write_parquet
 
 _NEWEST_EVENTS = 500  # of a user since the bundle was made: bounds a request's work
@@ -35,6 +36,11 @@ class UserState(Protocol):
     def append(self, events: pa.Table) -> None:
         """Keep canonical events; once this returns they survive a crash, and the next `read` has them."""
         ...
+
+
+def canonical_schema(bundle: Bundle) -> pa.Schema:
+    """Columns of the log that the bundle's features and labels are made of."""
+    return LogSpec.from_schema(bundle.encoders.schema).arrow_schema()
 
 
 class BundleEvents:

@@ -1,0 +1,258 @@
+"""The Ray Serve deployments: Recall, Ranking, and before them the Service that speaks HTTP.
+
+A request is answered by one bundle from end to end: the Service names the bundle in every call, and a
+stage that has not loaded it yet loads it then. A new bundle is loaded in the background by every replica
+(`load`), and only then taken by the Service (`take`), so that no request waits for it.
+"""
+
+import asyncio
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pydantic import Field
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from recsys_dist.bundle import Bundle
+from recsys_dist.config import Config
+from recsys_dist.serve import golden
+from recsys_dist.serve.api import (
+    Answer,
+    EventsAnswer,
+    EventsRequest,
+    RankRequest,
+    RecallRequest,
+    RecommendRequest,
+    Version,
+)
+from recsys_dist.serve.guard import Guard, Limits
+from recsys_dist.serve.http import create_app
+from recsys_dist.serve.local import LocalService
+from recsys_dist.serve.pointer import Pointer
+from recsys_dist.serve.rank import Rank
+from recsys_dist.serve.recall import Recall
+from recsys_dist.serve.recommend import StageError
+from recsys_dist.serve.state import EmbeddedState, canonical_schema
+from recsys_dist.serve.telemetry import Telemetry
+
+T = TypeVar("T")
+_KEPT = 2  # bundles a replica holds: the current one, and the former for requests on their way
+
+
+class StageConfig(Config):
+    """How many replicas a deployment has and what each may use."""
+
+    replicas: int = Field(1, ge=1)
+    cpus: float = Field(0.5, ge=0, description="CPUs that each replica reserves")
+    threads: int = Field(1, ge=1, description="threads of one replica's arithmetic")
+    ongoing: int = Field(16, ge=1, description="batches that a replica may have at once; the rest waits")
+    queued: int = Field(
+        64, ge=1, description="batches that may wait; the rest is refused, and answered without"
+    )
+
+
+class ServiceConfig(Config):
+    """Everything that `recsys_dist.serve.app:build` takes."""
+
+    bundle: str = Field(description="directory of a bundle, or of `OUT` whose registry names the champion")
+    alias: str = "champion"
+    tracking_uri: str | None = Field(None, description="of the registry; default: SQLite below `bundle`")
+    state: str = Field("runs/serving", description="directory for new events and what replicas share")
+    poll_s: float = Field(10.0, gt=0, description="how often the registry is asked for a new champion")
+    budget_ms: float = Field(200.0, gt=0, description="time for an answer; what is not ready is left out")
+    batch_rows: int = Field(16, ge=1, description="requests that travel between deployments in one call")
+    batch_wait_ms: float = Field(1.0, ge=0)
+    ongoing: int = Field(256, ge=1, description="requests at once in a replica of the Service; more get 429")
+    body_bytes: int = Field(1 << 20, ge=1024)
+    token_file: str | None = Field(None, description="file with the bearer token that clients must send")
+    service: StageConfig = StageConfig()
+    recall: StageConfig = StageConfig()
+    ranking: StageConfig = StageConfig()
+
+
+class Bundles(Generic[T]):
+    """The newest bundles of a replica, each as what `of` makes of it; loads every one once."""
+
+    def __init__(self, of: Callable[[Bundle], T]) -> None:
+        self._of = of
+        self._lock = threading.Lock()
+        self._held: OrderedDict[str, T] = OrderedDict()
+
+    def get(self, path: str) -> T:
+        """Blocks while it is loaded the first time; BundleError where it is not whole."""
+        found = self._held.get(path)
+        if found is not None:
+            return found
+        with self._lock:
+            if path not in self._held:
+                self._held[path] = self._of(Bundle.open(path))
+                while len(self._held) > _KEPT:
+                    self._held.popitem(last=False)
+            return self._held[path]
+
+    async def ready(self, path: str) -> T:
+        """The same without holding up the event loop."""
+        if path not in self._held:
+            await asyncio.to_thread(self.get, path)
+        return self._held[path]
+
+
+class RecallStage:
+    """User vectors and the nearest items, for a batch of requests."""
+
+    def __init__(self, state: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._bundles = Bundles(Recall.of)
+        self._bundles.get(_served(state))
+
+    async def load(self, path: str) -> None:
+        await self._bundles.ready(path)
+
+    async def __call__(
+        self, path: str, users: bytes, k: int, excluded: list[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        stage = await self._bundles.ready(path)
+        return stage.retrieve(_from_ipc(users), k, excluded)
+
+
+class RankStage:
+    """Probabilities of all candidates of a batch of requests."""
+
+    def __init__(self, state: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._bundles = Bundles(Rank.of)
+        self._bundles.get(_served(state))
+
+    async def load(self, path: str) -> None:
+        await self._bundles.ready(path)
+
+    async def __call__(self, path: str, users: bytes, of: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        stage = await self._bundles.ready(path)
+        return stage.probabilities(_from_ipc(users), of, positions)
+
+
+class Remote:
+    """Both stages behind Ray Serve, for the requests of one bundle."""
+
+    def __init__(self, bundle: Bundle, recall: DeploymentHandle, ranking: DeploymentHandle) -> None:
+        self._path = str(bundle.path)
+        self._recall, self._ranking = recall, ranking
+        self._columns = {
+            "recall": _user_side(bundle.recall.schema),
+            "ranking": _user_side(bundle.ranking.schema),
+        }
+
+    async def recall(
+        self, users: pa.Table, k: int, excluded: list[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return await _called(
+            self._recall.remote(self._path, _to_ipc(users, self._columns["recall"]), k, excluded)
+        )
+
+    async def rank(self, users: pa.Table, of: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        return await _called(
+            self._ranking.remote(self._path, _to_ipc(users, self._columns["ranking"]), of, positions)
+        )
+
+
+@serve.ingress()
+class ServiceReplica:
+    """Speaks HTTP, computes the users' features, and asks the stages, many requests in one call."""
+
+    def __init__(
+        self, cfg: dict[str, Any], recall: DeploymentHandle, ranking: DeploymentHandle, _: DeploymentHandle
+    ) -> None:
+        torch.set_num_threads(1)
+        self.cfg = ServiceConfig.parse(cfg)
+        self._handles = recall, ranking
+        self._bundles = Bundles(self._opened)
+        self._telemetry = Telemetry()
+        self._use(self._bundles.get(_served(self.cfg.state)))
+        batching: Any = self.recommend_batch
+        batching.set_max_batch_size(self.cfg.batch_rows)
+        batching.set_batch_wait_timeout_s(self.cfg.batch_wait_ms / 1000)
+
+    def __serve_build_asgi_app__(self) -> Guard:
+        token = Path(self.cfg.token_file).read_text().strip() if self.cfg.token_file else None
+        return create_app(self, Limits(self.cfg.body_bytes, self.cfg.ongoing), token)
+
+    async def load(self, path: str) -> None:
+        """Open a bundle, and see that it answers its golden requests here too."""
+        await self._bundles.ready(path)
+
+    async def take(self, path: str) -> None:
+        """Answer from this bundle from now on."""
+        self._use(await self._bundles.ready(path))
+
+    async def recommend(self, request: RecommendRequest) -> Answer:
+        self._service.recommender.check(request)
+        answer: Answer = await self.recommend_batch(request)
+        return self._told("recommend", answer)
+
+    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.001, max_concurrent_batches=4)
+    async def recommend_batch(self, requests: list[RecommendRequest]) -> list[Answer]:
+        return await self._service.recommender.recommend(requests, self.cfg.budget_ms)
+
+    async def recall(self, request: RecallRequest) -> Answer:
+        return self._told("recall", await self._service.recall(request))
+
+    async def rank(self, request: RankRequest) -> Answer:
+        return self._told("rank", await self._service.rank(request))
+
+    async def record(self, request: EventsRequest) -> EventsAnswer:
+        return await self._service.record(request)
+
+    def version(self) -> Version:
+        pointer = Pointer.read(self.cfg.state)
+        return self._service.version().model_copy(update={"refused": pointer and pointer.refused})
+
+    def _opened(self, bundle: Bundle) -> LocalService:
+        golden.replay(bundle)
+        state = EmbeddedState(Path(self.cfg.state), canonical_schema(bundle))
+        return LocalService(bundle, state, Remote(bundle, *self._handles), self.cfg.budget_ms)
+
+    def _use(self, service: LocalService) -> None:
+        self._service = service
+        self._telemetry.bundle(service.recommender.bundle.manifest.version)
+
+    def _told(self, route: str, answer: Answer) -> Answer:
+        self._telemetry.answered(route, answer)
+        return answer
+
+
+def _served(state: str) -> str:
+    """The bundle that the service answers from by now, which a restarted replica joins."""
+    pointer = Pointer.read(state)
+    assert pointer is not None, "build() writes it before anything is deployed"
+    return pointer.path
+
+
+async def _called(response: Any) -> Any:
+    try:
+        return await response
+    except (RayError, RayServeException) as error:
+        raise StageError(str(error).splitlines()[0]) from error
+
+
+def _user_side(schema: Any) -> list[str]:
+    return [feature.name for feature in schema.features if "item" not in schema.sides(feature)]
+
+
+def _to_ipc(table: pa.Table, columns: list[str]) -> bytes:
+    chosen = table.select(columns).combine_chunks()
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, chosen.schema) as writer:
+        writer.write_table(chosen)
+    return sink.getvalue().to_pybytes()
+
+
+def _from_ipc(data: bytes) -> pa.Table:
+    return pa.ipc.open_stream(data).read_all()

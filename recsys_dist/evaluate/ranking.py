@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 
 from recsys_dist.baselines import LabelCounts, TargetEncoding, encoded_columns
 from recsys_dist.data import collate
@@ -19,6 +18,8 @@ from recsys_dist.data.output import write_parquet
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.evaluate.trained import EvaluateConfig, MapFiles, Trained, known_before
 from recsys_dist.metrics import RankingState, intervals, ranking_replicates, reliability
+from recsys_dist.train.loop import idle_batch
+from recsys_dist.train.validate import score_rows
 
 TRUTH = "bayes_probability"  # the simulator's own click probability: no model can rank better
 
@@ -81,7 +82,7 @@ class Scorer:
         present = set(pq.read_schema(file).names)
         wanted = {*collate.columns(schema), *self.encoding.deviation, self.item, "user_id", "item_id", TRUTH}
         table = pq.read_table(file, columns=sorted(wanted & present))
-        logits = score_rows(self.trained, table, self.batch_rows)
+        logits = self._logits(table)
         ids = {name: table[name].to_numpy() for name in {*self.encoding.deviation, self.item}}
         columns: dict[str, Any] = {
             "user_id": table["user_id"],
@@ -97,22 +98,20 @@ class Scorer:
             self._write_predictions(table, logits, file)
         return pa.table(columns)
 
+    def _logits(self, table: pa.Table) -> np.ndarray:
+        """[N] float32, `batch_rows` rows at a time."""
+        model, schema, size = self.trained.model, self.trained.schema, self.batch_rows
+        idle = idle_batch(schema, size)
+        starts = range(0, len(table), size)
+        scores = [score_rows(model, table.slice(start, size), schema, idle) for start in starts]
+        return np.concatenate([np.empty(0, np.float32), *scores])
+
     def _write_predictions(self, table: pa.Table, logits: np.ndarray, file: str) -> None:
         assert self.predictions is not None
         rows = {name: table[name] for name in ("user_id", "item_id", "row_id") if name in table.column_names}
         rows["label"] = table[self.trained.schema.ranking_label]
         rows["probability"] = pa.array(1 / (1 + np.exp(-logits.astype(np.float64))), pa.float32())
         write_parquet(pa.table(rows), self.predictions / Path(file).name)
-
-
-def score_rows(trained: Trained, table: pa.Table, batch_rows: int) -> np.ndarray:
-    """[N] float32 logits of prepared rows, `batch_rows` at a time."""
-    scores = [np.empty(0, np.float32)]
-    with torch.no_grad():
-        for start in range(0, len(table), batch_rows):
-            batch = collate.collate(table.slice(start, batch_rows), trained.schema)
-            scores.append(trained.model(batch).numpy())
-    return np.concatenate(scores)
 
 
 def fit_target_encoding(prepared: Prepared, label: str, cfg: EvaluateConfig) -> TargetEncoding:

@@ -21,6 +21,7 @@ from recsys_dist.errors import DataError
 from recsys_dist.evaluate.ranking import item_positives
 from recsys_dist.evaluate.trained import EvaluateConfig, Trained
 from recsys_dist.metrics import RetrievalState, intervals, retrieval_replicates
+from recsys_dist.train.validate import csr, item_vectors, top_items
 
 Score = Callable[[pa.Table], torch.Tensor]  # users -> [U, I], written over by the caller
 _BLOCK_SCORES = 1 << 23  # users are ranked in blocks of about this many scores (32 MB)
@@ -37,7 +38,7 @@ def evaluate_recall(prepared: Prepared, trained: Trained, cfg: EvaluateConfig) -
     positives_I = item_positives(prepared, cfg.split)
     popular = torch.from_numpy(popularity_scores(positives_I))
     scorers: dict[str, Score] = {
-        "model": partial(_by_model, trained, _item_vectors(trained)),
+        "model": partial(_by_model, trained, item_vectors(trained.model)),
         "popularity": lambda users: popular.repeat(len(users), 1),
     }
     result: dict[str, Any] = {"split": cfg.split, "skipped": {}}
@@ -60,12 +61,6 @@ def evaluate_recall(prepared: Prepared, trained: Trained, cfg: EvaluateConfig) -
     return result
 
 
-def top_items(scores: torch.Tensor, k: int) -> np.ndarray:
-    """[U, min(k, I)] item rows by falling score; 0 where only items scored -inf are left."""
-    best = torch.topk(scores, min(k, scores.shape[1]), dim=1)
-    return torch.where(best.values == -torch.inf, 0, best.indices).numpy()
-
-
 def _states(
     prepared: Prepared, score: Score, cfg: EvaluateConfig, item_rows: int
 ) -> dict[str, RetrievalState]:
@@ -76,12 +71,8 @@ def _states(
         offsets, items = csr(users["truth"])
         state = partial(RetrievalState.of, offsets=offsets, items=items, item_rows=item_rows)
         scores = score(users)
-        scores[:, 0] = -torch.inf  # the unknown item cannot be recommended
-        found["all"].append(state(_padded(top_items(scores, longest), longest)))
-        seen_offsets, seen = csr(users["seen"])
-        of_user = np.repeat(np.arange(len(users)), np.diff(seen_offsets))
-        scores[torch.from_numpy(of_user), torch.from_numpy(seen.astype(np.int64))] = -torch.inf
-        found["unseen"].append(state(_padded(top_items(scores, longest), longest)))
+        found["all"].append(state(top_items(scores, longest)))
+        found["unseen"].append(state(top_items(scores, longest, csr(users["seen"]))))
     if not found["all"]:
         raise DataError(
             f"no user wanted an item in split {cfg.split!r}; recall has nothing to be measured on"
@@ -96,26 +87,9 @@ def _blocks(prepared: Prepared, split: str, rows: int) -> Iterator[pa.Table]:
             yield table.slice(start, rows)
 
 
-def csr(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """A list column as offsets [U + 1] from 0 and values."""
-    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
-    return np.r_[0, np.cumsum(lengths)], pc.list_flatten(lists).to_numpy()
-
-
-def _padded(top: np.ndarray, k: int) -> np.ndarray:
-    """Lists of a catalogue shorter than k, filled up with row 0, the item nobody wants."""
-    return np.pad(top, ((0, 0), (0, k - top.shape[1])))
-
-
-def _item_vectors(trained: Trained) -> torch.Tensor:
+def _by_model(trained: Trained, item_ID: torch.Tensor, users: pa.Table) -> torch.Tensor:
     with torch.no_grad():
-        vectors: torch.Tensor = trained.model.item_vectors()  # type: ignore[operator]
-    return vectors
-
-
-def _by_model(trained: Trained, item_vectors: torch.Tensor, users: pa.Table) -> torch.Tensor:
-    with torch.no_grad():
-        return trained.model(collate(users, trained.schema)) @ item_vectors.T
+        return trained.model(collate(users, trained.schema)) @ item_ID.T
 
 
 def _by_cosine(similarity: np.ndarray, popular: torch.Tensor, users: pa.Table) -> torch.Tensor:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import pyarrow as pa
 from pydantic import Field
-from torch import nn
 
 from recsys_dist.config import Config
 from recsys_dist.data.output import write_text
@@ -45,9 +44,9 @@ class EvaluateConfig(Config):
 
 @dataclass(frozen=True)
 class Trained:
-    """A model in eval mode, unsharded, and the fitted schema that it reads."""
+    """A RankModel or RecallModel in eval mode, unsharded, and the fitted schema that it reads."""
 
-    model: nn.Module
+    model: Any
     schema: Schema
 
 

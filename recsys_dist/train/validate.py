@@ -5,6 +5,7 @@ B rows, U users, I rows of the item table, K length of the lists
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from recsys_dist.batch import Batch
@@ -24,13 +25,22 @@ def padded(table: pa.Table | None, schema: Schema, idle: Batch) -> Batch:
 
 
 @torch.no_grad()
-def score_rows(model: RankModel, table: pa.Table | None, schema: Schema, idle: Batch) -> RankingState | None:
-    """Logits of the table's rows beside their labels and users; on sharded tables all workers call it."""
+def score_rows(model: RankModel, table: pa.Table | None, schema: Schema, idle: Batch) -> np.ndarray:
+    """[N] float32 logits of the table's rows, at most as many as `idle` has.
+
+    On sharded tables all workers call it, those without rows with None.
+    """
     logits = model.forward(padded(table, schema, idle))
+    return logits[: 0 if table is None else len(table)].cpu().numpy()
+
+
+def ranked_rows(model: RankModel, table: pa.Table | None, schema: Schema, idle: Batch) -> RankingState | None:
+    """What `score_rows` gives, beside labels and users."""
+    scores = score_rows(model, table, schema, idle)
     if table is None:
         return None
     return RankingState(
-        scores=logits[: len(table)].cpu().numpy(),
+        scores=scores,
         labels=table[schema.ranking_label].to_numpy(),
         users=user_keys(table["user_id"]),
     )
@@ -50,26 +60,25 @@ def recall_users(
     user_BD = model.forward(padded(table, schema, idle))
     if table is None:
         return None
-    top_UK = top_items(user_BD[: len(table)], item_ID, _lists(table, "seen"), RECALL_AT)
-    offsets, items = _lists(table, "truth")
-    return RetrievalState.of(top_UK, offsets, items, len(item_ID))
+    top_UK = top_items(user_BD[: len(table)] @ item_ID.T, RECALL_AT, csr(table["seen"]))
+    return RetrievalState.of(top_UK, *csr(table["truth"]), len(item_ID))
 
 
 def top_items(
-    user_UD: torch.Tensor, item_ID: torch.Tensor, seen: tuple[np.ndarray, np.ndarray], k: int
+    score_UI: torch.Tensor, k: int, seen: tuple[np.ndarray, np.ndarray] | None = None
 ) -> np.ndarray:
-    """[U, k] rows of the best items by inner product, best first; seen and unknown (row 0) ones left out.
+    """[U, k] rows of the best items, best first; seen and unknown (row 0) ones left out, in `score_UI` too.
 
     `seen` is (offsets [U + 1], items): user u's are items[offsets[u]:offsets[u + 1]]. Where fewer than
     k items are left, the list ends in zeros.
     """
-    offsets, items = seen
-    score_UI = user_UD @ item_ID.T
     score_UI[:, 0] = -torch.inf
-    of_user = np.repeat(np.arange(len(user_UD)), np.diff(offsets))
-    at = [torch.from_numpy(where).to(score_UI.device) for where in (of_user, items.astype(np.int64))]
-    score_UI[at[0], at[1]] = -torch.inf
-    best = torch.topk(score_UI, min(k, len(item_ID) - 1), dim=1)
+    if seen is not None:
+        offsets, items = seen
+        of_user = np.repeat(np.arange(len(score_UI)), np.diff(offsets))
+        at = [torch.from_numpy(where).to(score_UI.device) for where in (of_user, items.astype(np.int64))]
+        score_UI[at[0], at[1]] = -torch.inf
+    best = torch.topk(score_UI, min(k, score_UI.shape[1] - 1), dim=1)
     top = torch.where(best.values == -torch.inf, 0, best.indices).cpu().numpy()
     return np.pad(top, ((0, 0), (0, k - top.shape[1])))
 
@@ -81,10 +90,10 @@ def user_keys(users: pa.ChunkedArray) -> np.ndarray:
     return values[encoded.indices.to_numpy()]
 
 
-def _lists(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
-    column = table[name].combine_chunks()
-    offsets = column.offsets.to_numpy()
-    return offsets - offsets[0], column.flatten().to_numpy()
+def csr(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """A list column as offsets [U + 1] from 0 and values."""
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
+    return np.r_[0, np.cumsum(lengths)], pc.list_flatten(lists).to_numpy()
 
 
 def _with_item_columns(table: pa.Table, schema: Schema) -> pa.Table:

@@ -30,7 +30,7 @@ from recsys_dist.train.loop import Epoch, Loss, Totals, Workers, idle_batch
 from recsys_dist.train.progress import Progress
 from recsys_dist.train.settings import METRICS, TrainConfig
 from recsys_dist.train.sharding import ShardedModel, shard
-from recsys_dist.train.validate import RECALL_AT, item_vectors, recall_users, score_rows
+from recsys_dist.train.validate import RECALL_AT, item_vectors, ranked_rows, recall_users
 
 RESULT = "result.json"
 FAILURE = "failure.json"  # why training cannot go on: written by a worker, read by the driver
@@ -227,7 +227,7 @@ class Run:
         batches = (next(tables, None) for _ in range(steps))  # lookups are collective: equally many for all
         states: Sequence[Any]
         if self.cfg.task == "ranking":
-            states = [score_rows(model, table, self.schema, self.idle) for table in batches]
+            states = [ranked_rows(model, table, self.schema, self.idle) for table in batches]
             settings: tuple[Any, ...] = ()
         else:
             item_ID = item_vectors(model)

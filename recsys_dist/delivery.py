@@ -57,7 +57,7 @@ class Sender:
         """Send all that waits. Raises one of TROUBLE where the server does not take it."""
         if not self.waiting_records():
             return
-        with _one_writer(self.state.uri):
+        with one_writer(self.state.uri):
             client = MlflowClient(tracking_uri=self.state.uri)
             try:
                 self._send_waiting(client, self._run_id(client))
@@ -73,7 +73,7 @@ class Sender:
 
     def _run_id(self, client: MlflowClient) -> str:
         if self.state.run_id is None:
-            experiment = _experiment_id(client, self.state)
+            experiment = experiment_id(client, self.state.uri, self.state.experiment)
             found = client.search_runs([experiment], f"tags.`{OUTBOX_TAG}` = '{self.state.token}'")
             if found:
                 run_id = found[0].info.run_id
@@ -197,28 +197,30 @@ def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _experiment_id(client: MlflowClient, state: State) -> str:
-    found = client.get_experiment_by_name(state.experiment)
+def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+    """The experiment of that name, made where there is none; beside an SQLite file its artifacts are too."""
+    found = client.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)
-    database = _sqlite_path(state.uri)
+    database = sqlite_path(uri)
     place = (database.parent / "mlartifacts").as_uri() if database else None  # a server has its own
     try:
-        return client.create_experiment(state.experiment, artifact_location=place)
+        return client.create_experiment(name, artifact_location=place)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another run was quicker
             raise
-        return _experiment_id(client, state)
+        return experiment_id(client, uri, name)
 
 
-def _sqlite_path(uri: str) -> Path | None:
+def sqlite_path(uri: str) -> Path | None:
+    """The file of an SQLite URI, None of another."""
     return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
 
 
 @contextmanager
-def _one_writer(uri: str) -> Iterator[None]:
+def one_writer(uri: str) -> Iterator[None]:
     """SQLite has one writer at a time here: first use by two at once breaks its tables (measured)."""
-    database = _sqlite_path(uri)
+    database = sqlite_path(uri)
     if database is None:
         yield
         return

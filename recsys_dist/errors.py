@@ -8,7 +8,8 @@
     ├── TrainError         training cannot go on
     │   └── NonFiniteLossError  the loss is NaN or infinite; names the rows of the batch
     ├── CheckpointError    a checkpoint is torn, or was made for another schema
-    └── BundleError        an exported bundle is damaged, or its parts do not agree
+    ├── BundleError        an exported bundle is damaged, or its parts do not agree
+    └── RegistryError      the registry does not answer, or lacks what was asked for
 
 A message names the thing, its value, the limit and the way out. What only a bug in this
 project can cause is an `assert`, not one of these.
@@ -49,3 +50,7 @@ class CheckpointError(RecsysError):
 
 class BundleError(RecsysError):
     """A bundle is incomplete or damaged, or what it is made of does not agree."""
+
+
+class RegistryError(RecsysError):
+    """The model registry cannot be reached, refuses, or does not have what was asked for."""

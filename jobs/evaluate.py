@@ -1,10 +1,11 @@
 """What a trained model is worth on days it never saw, beside the baselines it has to beat.
 
 examples:
-  python -m jobs.evaluate runs/train/RUN/refit/epoch-0001-ab12cd34 --data runs/data
+  python -m jobs.evaluate runs/train/models/RUN/refit/epoch-0001-ab12cd34 --data runs/data
   python -m jobs.evaluate CHECKPOINT --data runs/data --out runs/evaluation split=valid ks=[20,50]
 
-Writes OUT/evaluation.json and, for a ranker, OUT/predictions/*.parquet.
+Writes OUT/evaluation.json and, for a ranker, OUT/predictions/*.parquet; the metrics also go to the MLflow
+run that trained the checkpoint.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jobs import tracked
 from jobs.command import reported, settings_help
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.evaluate import EvaluateConfig, evaluate_ranking, evaluate_recall, load_trained, write_json
@@ -94,6 +96,9 @@ def main(argv: list[str]) -> None:
         print(recall_table(result, cfg.ks))
     write_json(result, Path(args.out) / "evaluation.json")
     print(f"written: {Path(args.out) / 'evaluation.json'}")
+    delivery = tracked.add_evaluation(Path(args.checkpoint), result)
+    if delivery:
+        print(f"MLflow run {delivery.run_id}: {delivery.trouble or 'the metrics are added'}")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,20 @@ def run(cfg: TrainConfig, out: Path, tracked: TrackingConfig, evaluate: Evaluate
         return Outcome(fitted, evaluation, figures, delivery, live.uri, live.peak_rss_bytes)
 
 
+def add_evaluation(checkpoint: Path, evaluation: dict[str, Any]) -> tracking.Delivery | None:
+    """Add an evaluation to the MLflow run that trained the checkpoint; None where that was not tracked.
+
+    None too while another process writes that run: it delivers this as well.
+    """
+    run = checkpoint.resolve().parent.parent
+    out = run.parent.parent
+    record = Recorder(out / "tracking" / run.name)
+    if not record.path.exists():
+        return None
+    record.metrics(final_metrics(evaluation))
+    return next((found for found in tracking.deliver_pending(out) if found.name == run.name), None)
+
+
 def final_metrics(evaluation: dict[str, Any]) -> dict[str, float]:
     """The model's and baselines' numbers as `test/<scorer>/<metric>`."""
     flat: dict[str, float] = {}

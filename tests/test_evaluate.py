@@ -14,12 +14,15 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from jobs.evaluate import parse, ranking_table, recall_table
+from jobs.tracked import add_evaluation
 from recsys_dist.batch import Batch
 from recsys_dist.config import rng_for
 from recsys_dist.data.prepared import Manifest, Prepared
 from recsys_dist.errors import DataError
 from recsys_dist.evaluate import EvaluateConfig, Trained, evaluate_ranking, evaluate_recall, write_json
+from recsys_dist.outbox import Recorder
 from recsys_dist.schema import Schema
+from recsys_dist.tracking import TrackingConfig, open_run
 
 USERS, ITEMS = 25, 15  # of which user 0 and item 0 are unknown
 CFG = EvaluateConfig(batch_rows=16, ks=(1, 3, 10), bootstrap=20)
@@ -277,3 +280,17 @@ def test_tables_show_every_scorer(prepared: Prepared) -> None:
 def test_command_line_settings_may_follow_options() -> None:
     cfg, args = parse(["checkpoint", "--data", "prepared", "split=valid", "ks=[20]"])
     assert (cfg.split, cfg.ks, args.checkpoint, args.data) == ("valid", (20,), "checkpoint", "prepared")
+
+
+def test_an_evaluation_joins_the_run_that_trained_the_checkpoint(tmp_path: Path) -> None:
+    with open_run(TrackingConfig(uri="http://127.0.0.1:1", request_timeout_s=1), tmp_path, "r"):
+        pass
+    evaluation = {"label": "click", "split": "test", "model": {"auc": 0.7, "intervals": {"auc": [0.6, 0.8]}}}
+    delivery = add_evaluation(tmp_path / "models/r/refit/epoch-0001-ab12cd34", evaluation)
+    assert delivery is not None and delivery.trouble  # nobody listens there: it waits in the run's outbox
+    records = [record for record, _ in Recorder(tmp_path / "tracking/r").read()]
+    assert [record["values"] for record in records if record["kind"] == "metrics"] == [
+        {"test/model/auc": 0.7}
+    ]
+    assert records[-1]["kind"] == "metrics", "the run stays FINISHED"
+    assert add_evaluation(tmp_path / "models/copied/refit/epoch-0001-ab12cd34", evaluation) is None

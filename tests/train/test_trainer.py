@@ -66,7 +66,9 @@ def assert_same(one: Path, other: Path) -> None:
 @pytest.mark.e2e
 def test_a_run_from_shards_to_a_checkpoint(data, tmp_path):
     lines = []
+    on_ctrl_c = signal.getsignal(signal.SIGINT)
     result = trainer.fit(config(data, refit=False), tmp_path, on_report=lines.append)
+    assert signal.getsignal(signal.SIGINT) is on_ctrl_c, "Ray's own handler ends a job without a word"
     assert [entry["trained_rows"] for entry in result.history] == [sum(prepared.SPLITS["train"])] * 2
     assert result.history[-1]["auc"] > 0.6
     assert [line["epoch"] for line in lines if line["kind"] == "epoch"] == [1, 2]

@@ -29,6 +29,7 @@ from recsys_dist.index import IndexConfig
 from recsys_dist.manifest import DataSpan, IndexFacts
 from recsys_dist.models.protocol import Task, model_module
 from recsys_dist.schema import Schema, Statistic, side
+from recsys_dist.serve.golden import ask
 from recsys_dist.train import checkpoint
 from recsys_dist.train.settings import model_schema
 
@@ -51,7 +52,7 @@ def export(
     checkpoints: Mapping[Task, Path],
     evaluations: Mapping[Task, dict[str, Any]],
     out: Path,
-    golden: Golden | None = None,
+    golden: Golden | None = ask,
     cfg: IndexConfig | None = None,
 ) -> Bundle:
     """Write the bundle of a "recall" and a "ranking" checkpoint to `out`/<version>; BundleError says what
@@ -212,11 +213,9 @@ def _columns(schema: Schema) -> set[str]:
 def _user_state(prepared: Prepared) -> tuple[pa.Table, pa.Table]:
     """`Bundle.events` and `Bundle.seen` over all days of the log, a group of users at a time."""
     schema, item_ids = prepared.schema, prepared.items["item_id"].combine_chunks()
-    files = prepared.path.glob("events/date=*/bucket-*.parquet")
-    buckets = sorted({int(file.stem.removeprefix("bucket-")) for file in files})
     columns = LogSpec.from_schema(schema).arrow_schema().names
     events, seen = [], []
-    for bucket in buckets:
+    for bucket in stages.bucket_numbers(prepared.path):
         table = stages.read_bucket(prepared.path, bucket).select(columns)
         events.append(recent(table, schema))
         seen.append(shown(table, item_ids))

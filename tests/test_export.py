@@ -15,7 +15,8 @@ from recsys_dist.bundle import Bundle
 from recsys_dist.config import rng_for
 from recsys_dist.data.examples import STATE, World, features, sort_events
 from recsys_dist.data.prepared import MANIFEST, Prepared
-from recsys_dist.errors import BundleError, CheckpointError
+from recsys_dist.errors import BundleError, CheckpointError, DataError
+from recsys_dist.evaluate import EvaluateConfig, evaluate_bundle
 from recsys_dist.export import export
 from recsys_dist.index import Exact, IndexConfig, Ivf
 from recsys_dist.manifest import Manifest
@@ -156,3 +157,26 @@ def test_figures_of_validation_days_are_refused(pair: Pair, tmp_path: Path) -> N
     found = {**pair.evaluations, "recall": {**pair.evaluations["recall"], "split": "valid"}}
     with pytest.raises(BundleError, match="the recall model was evaluated on split 'valid'"):
         export(pair.prepared, pair.checkpoints, found, tmp_path)
+
+
+def test_a_bundle_is_measured_on_other_data_as_on_its_own(bundle: Bundle, pair: Pair) -> None:
+    """The champion's figures from the log and its own encoders are those from its training shards."""
+    found = evaluate_bundle(bundle, pair.prepared, EvaluateConfig())
+    for task in ("ranking", "recall"):
+        told = bundle.manifest.metrics[task]["model"]
+        assert {name: found[task]["model"][name] for name in told} == pytest.approx(told, rel=1e-6)
+
+
+def test_a_bundle_is_measured_on_days_that_it_does_not_know(bundle: Bundle, tmp_path: Path) -> None:
+    """Another log with new users and items, and days later: it answers for all of them."""
+    log = small_log.events(seed=1)
+    strangers = [f"new-{user}" if user == "u3" else user for user in log["user_id"].to_pylist()]
+    log = log.set_column(0, "user_id", pa.array(strangers))
+    later = bundles.prepare(tmp_path, log)
+    found = evaluate_bundle(bundle, later, EvaluateConfig())
+    assert found["ranking"]["model"]["rows"] == later.shards("ranking/test").total_rows
+    assert found["recall"]["model"]["users"] == later.shards("users/test").total_rows
+    with pytest.raises(DataError, match="has no 'device', which the bundle reads"):
+        for file in later.path.glob("events/*/*.parquet"):
+            pq.write_table(pq.read_table(file, partitioning=None).drop_columns(["device"]), file)
+        evaluate_bundle(bundle, later, EvaluateConfig())

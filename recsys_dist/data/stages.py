@@ -101,6 +101,12 @@ def _quarantine_duplicates(repeated: pa.Table, part_names: list[str], path: Path
     write_parquet(pa.concat_tables(tables), path)
 
 
+def bucket_numbers(out: Path) -> list[int]:
+    """The buckets that the canonical log has events in."""
+    files = out.glob("events/date=*/bucket-*.parquet")
+    return sorted({int(file.stem.removeprefix("bucket-")) for file in files})
+
+
 def read_bucket(out: Path, bucket: int) -> pa.Table:
     """All events of a bucket, sorted by user and time."""
     tables = []

@@ -22,13 +22,42 @@ RECIPES: dict[str, dict[str, Any]] = {
     "youtubednn": {"model": {"name": "youtubednn"}, "batch_rows": 2048, "epochs": 2},
 }
 
+# What `python -m jobs.tune` searches, by model, where it is given no file.
+_ANY = {
+    "model.activation": {"choice": ["relu", "gelu", "prelu"]},
+    "model.dropout": {"uniform": [0.0, 0.4]},
+    "optimizer.deep.lr": {"log": [0.01, 0.3]},
+    "optimizer.dense.lr": {"log": [0.0003, 0.01]},
+}
+SPACES: dict[str, dict[str, Any]] = {
+    "wide_deep": {
+        "model.hidden": {
+            "choice": [[64], [128, 64], [256, 128], [512, 256], [256, 128, 64], [512, 256, 128]]
+        },
+        "model.embedding_dim": {"choice": [8, 16, 32]},
+        "batch_rows": {"choice": [512, 1024, 2048, 4096]},
+        "optimizer.wide.lr": {"log": [0.003, 0.1]},
+        **_ANY,
+    },
+    "youtubednn": {
+        "model.hidden": {"choice": [[128], [256], [512], [512, 256]]},
+        "model.embedding_dim": {"choice": [32, 64, 128]},
+        "model.output_dim": {"choice": [32, 64, 128]},
+        "model.temperature": {"log": [0.03, 0.2]},
+        "model.negatives": {"choice": [256, 512, 1024, 2048]},
+        "model.negatives_alpha": {"uniform": [0.0, 1.0]},
+        "batch_rows": {"choice": [1024, 2048, 4096]},
+        **_ANY,
+    },
+}
+
 HELP = """Trains a model on prepared data, on any number of workers.
 
 examples:
   python -m jobs.train wide_deep data=runs/data
   python -m jobs.train wide_deep data=runs/data num_workers=2 model.hidden=[512,256] optimizer.deep.lr=0.1
   python -m jobs.train youtubednn data=runs/data --out runs/recall
-  python -m jobs.train --config runs/train/ranking-wide_deep-…/config.yaml seed=1
+  python -m jobs.train --config runs/train/models/ranking-wide_deep-…/config.yaml seed=1
 
 The same command again goes on from the newest checkpoint, also with another number of workers, and
 returns at once when the run is finished."""

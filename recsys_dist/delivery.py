@@ -19,6 +19,7 @@ import mlflow.telemetry
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from mlflow.utils.validation import (
     MAX_ENTITY_KEY_LENGTH,
     MAX_METRICS_PER_BATCH,
@@ -28,7 +29,7 @@ from mlflow.utils.validation import (
 )
 from sqlalchemy.exc import SQLAlchemyError
 
-from recsys_dist.outbox import Recorder, State, without_credentials
+from recsys_dist.outbox import Recorder, State, load_state, without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -79,11 +80,19 @@ class Sender:
                 run_id = found[0].info.run_id
             else:
                 started_ms = next(record["time_ms"] for record, _ in self.recorder.read())
-                tags = {OUTBOX_TAG: self.state.token}
+                tags = {OUTBOX_TAG: self.state.token, **self._nesting()}
                 run_id = client.create_run(experiment, started_ms, tags, self.state.name).info.run_id
             self._save(replace(self.state, run_id=run_id))
         assert self.state.run_id is not None
         return self.state.run_id
+
+    def _nesting(self) -> dict[str, str]:
+        if self.state.parent is None:
+            return {}
+        parent = load_state(self.directory.parent / self.state.parent)
+        if parent is None or parent.run_id is None:
+            raise OSError(f"run {self.state.parent!r}, which it is nested under, is not delivered yet")
+        return {MLFLOW_PARENT_RUN_ID: parent.run_id}
 
     def _send_waiting(self, client: MlflowClient, run_id: str) -> None:
         batch: list[Entity] = []

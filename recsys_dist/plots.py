@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 # Okabe & Ito's palette: told apart by colour-blind readers too.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -65,7 +65,44 @@ class Bars:
     heights: Mapping[str, Sequence[float]]
 
 
-Plot = Curves | Reliability | Bars
+@dataclass(frozen=True)
+class Ranking:
+    """Horizontal bars, the longest first: name -> length."""
+
+    title: str
+    x_label: str
+    names: Sequence[str]
+    lengths: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Parallel coordinates: an axis per setting, a line per trial, coloured by `values`.
+
+    columns    setting -> its value of each trial; numbers lie to scale, anything else evenly
+    logarithmic  settings whose axis is
+    best       the trial that is drawn on top, with marks
+    """
+
+    title: str
+    value_label: str
+    columns: Mapping[str, Sequence[Any]]
+    logarithmic: frozenset[str]
+    values: Sequence[float]
+    best: int | None
+
+
+@dataclass(frozen=True)
+class Fans:
+    """Many lines of which only the last matters: it is drawn in colour over the others. x is logarithmic."""
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: Sequence[Sequence[tuple[float, float]]]
+
+
+Plot = Curves | Reliability | Bars | Ranking | Parallel | Fans
 
 
 def svg(plot: Plot, themed: bool = False) -> str:
@@ -80,6 +117,12 @@ def svg(plot: Plot, themed: bool = False) -> str:
                 _draw_reliability(axes, plot)
             case Bars():
                 _draw_bars(axes, plot)
+            case Ranking():
+                _draw_ranking(axes, plot)
+            case Parallel():
+                _draw_parallel(axes, plot)
+            case Fans():
+                _draw_fans(axes, plot)
         axes.set_title(plot.title, loc="left", fontsize=12, fontweight="bold", pad=10)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=themed, metadata={"Date": None})
@@ -130,6 +173,88 @@ def _draw_bars(axes: Axes, plot: Bars) -> None:
     axes.set_ylabel(plot.y_label)
     axes.margins(y=0.22)
     axes.legend(loc="upper left", ncols=2)
+
+
+def _draw_ranking(axes: Axes, plot: Ranking) -> None:
+    places = range(len(plot.names))
+    bars = axes.barh(places, plot.lengths, 0.7, color=SERIES[0])
+    axes.bar_label(bars, [f"{length:.2f}" for length in plot.lengths], fontsize=9, padding=2)
+    axes.set_yticks(places, plot.names)
+    axes.invert_yaxis()
+    axes.set_xlabel(plot.x_label)
+    axes.grid(False)
+    axes.margins(x=0.12)
+
+
+def _draw_parallel(axes: Axes, plot: Parallel) -> None:
+    scales = [_scale(column, name in plot.logarithmic) for name, column in plot.columns.items()]
+    shade = _shade(plot.values)
+    order = sorted(range(len(plot.values)), key=lambda trial: (trial == plot.best, plot.values[trial]))
+    places = range(len(scales))
+    for trial in order:
+        heights = [positions[trial] for positions, _ in scales]
+        best = trial == plot.best
+        axes.plot(
+            places,
+            heights,
+            color=SERIES[1] if best else SERIES[0],
+            alpha=1 if best else shade[trial],
+            linewidth=2.2 if best else 1.2,
+            marker="o" if best else None,
+            markersize=4,
+        )
+    for place, (_, ticks) in zip(places, scales, strict=True):
+        axes.axvline(place, color=GRID, linewidth=1, zorder=0)
+        for height, text in ticks:
+            axes.annotate(
+                text, (place, height), (3, 0), textcoords="offset points", fontsize=8, va="center"
+            ).set_bbox({"facecolor": "none", "edgecolor": "none", "pad": 0})
+    axes.set_xticks(places, [name.replace(".", ".\n") for name in plot.columns], fontsize=8)
+    axes.set_yticks([])
+    axes.set_ylabel(f"darker: better {plot.value_label};\norange: the best trial", fontsize=9)
+    axes.spines["left"].set_visible(False)
+    axes.set(xlim=(-0.2, len(scales) - 0.4), ylim=(-0.06, 1.06))
+
+
+def _scale(column: Sequence[Any], logarithmic: bool) -> tuple[list[float], list[tuple[float, str]]]:
+    """Height in [0, 1] of each value of an axis, and its ticks."""
+    numbers = [v for v in column if isinstance(v, int | float) and not isinstance(v, bool)]
+    continuous = logarithmic or len(set(numbers)) > 6 or any(isinstance(v, float) for v in numbers)
+    if len(numbers) == len(column) and continuous:
+        along = [math.log(v) if logarithmic else float(v) for v in numbers]
+        low, span = min(along), (max(along) - min(along)) or 1.0
+        ends = {0.0: min(numbers), 1.0: max(numbers)}
+        return [(v - low) / span for v in along], [(height, f"{v:.3g}") for height, v in ends.items()]
+    names = {_text(v): v for v in column}
+    kinds = sorted(
+        names, key=lambda name: (isinstance(names[name], str), str(type(names[name])), names[name])
+    )
+    step = 1 / max(len(kinds) - 1, 1)
+    heights = {kind: i * step for i, kind in enumerate(kinds)}
+    return [heights[_text(v)] for v in column], [(height, kind) for kind, height in heights.items()]
+
+
+def _text(value: Any) -> str:
+    return "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _shade(values: Sequence[float]) -> list[float]:
+    """Opacity by rank, so that one outlier does not make all others look alike."""
+    ranked = sorted(values)
+    return [0.15 + 0.65 * ranked.index(value) / max(len(values) - 1, 1) for value in values]
+
+
+def _draw_fans(axes: Axes, plot: Fans) -> None:
+    *others, top = plot.lines
+    for line in others:
+        axes.plot(
+            *zip(*line, strict=True), color=SERIES[0], alpha=0.35, linewidth=1.2, marker="o", markersize=3
+        )
+    axes.plot(*zip(*top, strict=True), color=SERIES[1], linewidth=2.2, marker="o", markersize=5, label="best")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel=plot.x_label, ylabel=plot.y_label)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.legend(loc="lower right")
 
 
 def _cycle(count: int) -> list[str]:

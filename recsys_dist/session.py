@@ -10,10 +10,12 @@ import ray
 OBJECT_STORE_BYTES = 1 << 30
 
 
-def connect() -> None:
+def connect(dashboard: bool = False, metrics_port: int | None = None) -> None:
     """Join the cluster in RAY_ADDRESS (set for submitted jobs), or start one on this machine.
 
-    Without RAY_ADDRESS it never joins a cluster that happens to run here.
+    Without RAY_ADDRESS it never joins a cluster that happens to run here. Ray Train asks the `dashboard`
+    which runs are gone, to free what they held: needed where one driver starts many of them. Prometheus
+    finds the metrics of a cluster started here at `metrics_port`.
     """
     if ray.is_initialized():
         return
@@ -22,7 +24,8 @@ def connect() -> None:
     ray.init(
         address="local" if here else None,
         object_store_memory=OBJECT_STORE_BYTES if here else None,
-        include_dashboard=False if here else None,
+        include_dashboard=dashboard if here else None,
+        _metrics_export_port=metrics_port if here else None,
         log_to_driver=False,
         logging_level=logging.ERROR,
     )

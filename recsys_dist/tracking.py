@@ -25,7 +25,7 @@ from pydantic import Field, field_validator
 from recsys_dist.config import Config
 from recsys_dist.delivery import TROUBLE, Sender, prepare_mlflow, short_reason
 from recsys_dist.errors import ConfigError
-from recsys_dist.outbox import State, Status, load_state, try_lock, without_credentials
+from recsys_dist.outbox import Recorder, State, Status, load_state, try_lock, without_credentials
 from recsys_dist.usage import UsageSampler
 
 log = logging.getLogger(__name__)
@@ -175,8 +175,8 @@ def _open(directory: Path, uri: str, experiment: str, parent: str | None) -> tup
     lock = try_lock(directory / "lock")
     if lock is None:
         raise ConfigError(
-            f"run {directory.name!r} in {str(directory.parent.parent)!r} is being written by another process; "
-            "wait for it or choose another --out"
+            f"run {directory.name!r} in {str(directory.parent.parent)!r} is being written by another "
+            "process; wait for it or choose another --out"
         )
     state = load_state(directory)
     if state is None:

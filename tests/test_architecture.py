@@ -15,7 +15,8 @@ PACKAGES = ("recsys_dist", "jobs")
 
 DOORS = {  # dependency: the only modules that may name it
     "ray.data": ("recsys_dist.data.pipeline", "recsys_dist.data.feed"),
-    "ray.tune": ("recsys_dist.tune",),
+    "ray.tune": ("recsys_dist.tune.sweep",),
+    "optuna": ("recsys_dist.tune.space",),
     "ray.serve": ("recsys_dist.serve.app",),
     "mlflow": ("recsys_dist.delivery", "recsys_dist.registry"),
     "faiss": ("recsys_dist.index",),

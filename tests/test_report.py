@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from recsys_dist.plots import Bars, Curves, Plot, Reliability, save, svg
+from recsys_dist.plots import Bars, Curves, Fans, Parallel, Plot, Ranking, Reliability, save, svg
 from recsys_dist.report import Ledger, Story, recall_bars, write
 
 REPORT: dict[str, Any] = {
@@ -118,6 +118,19 @@ def test_figures_are_valid_svg_with_labelled_axes(plot: Plot, tmp_path: Path) ->
     assert "nan" not in texts and "0.000" not in texts
     assert svg(plot) == svg(plot)
     assert save(plot, tmp_path / "plots").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize("best", [None, 1])
+def test_figures_of_a_sweep(best: int | None) -> None:
+    columns = {"model.hidden": [[8], [16, 8], [8]], "lr": [1e-3, 0.1, 0.01], "dropout": [0.0, 0.25, 0.5]}
+    parallel = Parallel("Settings", "auc", columns, frozenset({"lr"}), [0.5, 0.7, 0.6], best)
+    texts = [text.strip() for text in ElementTree.fromstring(svg(parallel)).itertext()]
+    assert {"16-8", "8", "0.001", "0.1", "0.5"} <= set(texts)
+    ranking = Ranking("What decides", "importance", ["lr", "dropout"], [0.75, 0.25])
+    texts = [text.strip() for text in ElementTree.fromstring(svg(ranking)).itertext()]
+    assert texts.index("lr") < texts.index("dropout") and {"0.75", "0.25"} <= set(texts)
+    fans = Fans("Rungs", "part", "auc", [[(0.25, 0.5)], [(0.25, 0.6), (1.0, 0.7)]])
+    assert "100%" in "".join(ElementTree.fromstring(svg(fans)).itertext())
 
 
 def test_themed_figures_follow_the_page() -> None:

@@ -176,6 +176,32 @@ def test_closing_inside_the_context_ends_the_run_once(out: Path) -> None:
     assert [r["status"] for r, _ in run.record.read() if r["kind"] == "status"] == ["RUNNING", "FAILED"]
 
 
+def test_nested_runs_arrive_under_their_parent_through_one_thread(out: Path) -> None:
+    with open_run(TrackingConfig(), out, "sweep") as run:
+        children = [run.child(f"sweep-{number}") for number in range(3)]
+        for number, child in enumerate(children):
+            child.config({"lr": number})
+            child.metrics({"auc": 0.5 + number / 10, "loss": 1.0}, step=number)
+        children[0].status("FINISHED")
+        children[1].status("FAILED")
+        with pytest.raises(ConfigError, match="written by another"):
+            run.child("sweep-0")
+        assert deliver_pending(out) == [], "what is being written is left alone"
+        delivery = run.close()
+    assert delivery.waiting_records == 0
+    client, parent = fetch(out, str(delivery.run_id))
+    assert "mlflow.parentRunId" not in parent.data.tags
+    found = client.search_runs(
+        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    )
+    ended = {run.info.run_name: (run.info.status, run.data.metrics["auc"]) for run in found}
+    assert ended == {"sweep-0": ("FINISHED", 0.5), "sweep-1": ("FAILED", 0.6), "sweep-2": ("FINISHED", 0.7)}
+    with open_run(TrackingConfig(), out, "sweep") as run:
+        run.child("sweep-2").metrics({"auc": 0.9}, step=9)
+    assert len(client.search_runs([parent.info.experiment_id])) == 4, "none was begun twice"
+    assert client.get_run(load_state(out / "tracking/sweep-2").run_id).data.metrics["auc"] == 0.9
+
+
 def test_an_error_and_ctrl_c_end_the_run_in_their_own_way(out: Path) -> None:
     for error, status in ((RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")):
         with pytest.raises(error), open_run(TrackingConfig(), out, status) as run:

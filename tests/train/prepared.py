@@ -75,6 +75,7 @@ def shard(split: str, number: int, rows: int, bad_row: int | None) -> pa.Table:
             "click": click,
             "user_id": [f"u{row}" for row in user],
             "row_id": (np.int64(number) << 32) + np.arange(rows),
+            "timestamp": pa.array(np.arange(rows) * 1_000_000, pa.timestamp("us", tz="UTC")),
         }
     )
 

@@ -1,0 +1,128 @@
+"""A sweep as a user runs it: killed, resumed, tracked, and its best settings trained."""
+
+import json
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+from jobs import recipes
+from jobs import tune as job
+from recsys_dist.errors import ConfigError
+from recsys_dist.train.checkpoint import load_for_inference
+from recsys_dist.tune import sweep as running
+from recsys_dist.tune.ledger import Job, Ledger
+from tests.train import prepared
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SPACE = """
+model.hidden: {choice: [[8], [16]]}
+optimizer.deep.lr: {log: [0.01, 1]}
+optimizer.dense.lr: {choice: [0.01, 1.0e+30]}
+"""
+
+
+def arguments(folder: Path) -> list[str]:
+    settings = ["model.embedding_dim=8", "model.hidden=[8]", "optimizer.dense.lr=0.01", "batch_rows=64"]
+    options = ["--space", str(folder / "space.yaml"), "--out", str(folder / "out"), "--seed", "1"]
+    ladder = ["--trials", "3", "--rungs", "[0.5, 1]", "--keep", "2", "--concurrent", "2"]
+    return ["wide_deep", f"data={folder / 'data'}", "epochs=1", *settings, *options, *ladder]
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(800)  # several small training runs, each with its own processes
+def test_a_sweep_is_killed_goes_on_and_its_best_can_be_trained(tmp_path: Path) -> None:
+    prepared.make(tmp_path / "data")
+    (tmp_path / "space.yaml").write_text(SPACE)
+    command = [sys.executable, "-m", "jobs.tune", *arguments(tmp_path), "--json", str(tmp_path / "all.json")]
+    killed = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (files := list((tmp_path / "out").glob("sweep-*/trials.jsonl"))) or '"result"' not in read(
+        files[0]
+    ):
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    before = Ledger(files[0]).results
+    assert 0 < len(before) < 5
+
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    book, found = Ledger(files[0]), json.loads((tmp_path / "all.json").read_text())
+    assert before.items() <= book.results.items(), "what was done is not done again"
+    assert {job for job in book.results if job.rung == 0} == {Job(trial, 0) for trial in range(3)}
+    assert [rung["trials"] for rung in found["rungs"]] in ([3, 1], [3, 2])
+    rows = [result.trained_rows for result in book.results.values() if result.value is not None]
+    assert set(rows) <= {435, 870} and found["compute"]["swept_rows"] == sum(rows)
+    assert found["best"]["fraction"] == 1 and "compute:" in done.stdout
+
+    best = Path(found["best"]["checkpoint"])
+    assert list((tmp_path / "out").glob("sweep-*/trials/*/*/choose/*")) == [best], (
+        "losers leave no checkpoint"
+    )
+    _, manifest = load_for_inference(best)
+    assert manifest.metrics["auc"] == found["best"]["value"]
+    cfg, _, _ = recipes.parse(["--config", str(files[0].parent / "best.yaml")])
+    assert list(cfg.model.hidden) == found["best"]["settings"]["model.hidden"]
+    assert (cfg.refit, cfg.newest_fraction, cfg.model.embedding_dim) == (True, 1.0, 8)
+    assert {file.suffix for file in (files[0].parent / "plots").iterdir()} == {".svg"}
+
+    with sqlite3.connect(tmp_path / "out/mlflow.db") as store:
+        parents = store.execute("select value from tags where key = 'mlflow.parentRunId'").fetchall()
+        [[parent]] = store.execute("select run_uuid from metrics where key = 'best/auc' limit 1").fetchall()
+        ended = dict(store.execute("select name, status from runs").fetchall())
+    assert parents == [(parent,)] * 3 and len(ended) == 4 and "RUNNING" not in ended.values()
+
+    began = time.perf_counter()
+    subprocess.run(command, cwd=ROOT, capture_output=True, timeout=100, check=True)
+    assert time.perf_counter() - began < 60, "a finished sweep starts no cluster"
+
+
+def read(file: Path) -> str:
+    return file.read_text() if file.exists() else ""
+
+
+def test_as_many_trials_at_a_time_as_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text(SPACE)
+
+    def at_a_time(resources: dict[str, float], *more: str) -> int:
+        monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+        cfg, _ = job.parse([*arguments(tmp_path)[:-2], *more])
+        return running._concurrent(cfg)
+
+    assert at_a_time({"CPU": 16.0}) == 16
+    assert at_a_time({"CPU": 16.0}, "num_workers=4", "threads_per_worker=2") == 2
+    assert at_a_time({"CPU": 2.0}, "num_workers=4") == 1
+    assert at_a_time({"CPU": 64.0, "GPU": 4.0}, "num_workers=2", "use_gpu=true") == 2
+    assert at_a_time({"CPU": 16.0}, "--concurrent", "3") == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "name one recipe"),
+        (["wide_dep"], "did you mean 'wide_deep'"),
+        (["wide_deep", "--rungs", "[0.5]"], "end in 1"),
+        (["wide_deep", "--rungs", "[0.5, 0.2, 1]"], "rising fractions"),
+        (["wide_deep", "--trials", "0"], "'trials'.*greater than or equal to 1"),
+        (["wide_deep", "--keep", "1"], "'keep'.*greater than or equal to 2"),
+        (["wide_deep", "--trials", "many"], "'trials'.*integer"),
+        (["wide_deep", "--space", "nowhere.yaml"], "nowhere.yaml.*cannot be read"),
+    ],
+)
+def test_mistakes_are_explained(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        job.parse(argv)
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        job.parse(["--help"])
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("{log: [0.01, 0.3]}", "--check", "best.yaml", "newest 1/16"))

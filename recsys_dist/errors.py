@@ -9,7 +9,8 @@
     │   └── NonFiniteLossError  the loss is NaN or infinite; names the rows of the batch
     ├── CheckpointError    a checkpoint is torn, or was made for another schema
     ├── BundleError        an exported bundle is damaged, or its parts do not agree
-    └── RegistryError      the registry does not answer, or lacks what was asked for
+    ├── RegistryError      the registry does not answer, or lacks what was asked for
+    └── ServeError         the service cannot be started
 
 A message names the thing, its value, the limit and the way out. What only a bug in this
 project can cause is an `assert`, not one of these.
@@ -54,3 +55,7 @@ class BundleError(RecsysError):
 
 class RegistryError(RecsysError):
     """The model registry cannot be reached, refuses, or does not have what was asked for."""
+
+
+class ServeError(RecsysError):
+    """The service cannot be started."""

@@ -4,23 +4,24 @@ A Watcher, beside the deployments that answer, asks the registry for a new champ
 golden requests, has every replica load it, and then switches. One that fails is refused, as /version tells.
 """
 
+import asyncio
 import logging
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from recsys_dist import manifest, registry
+from recsys_dist import manifest
 from recsys_dist.bundle import Bundle
 from recsys_dist.data.output import write_parquet, write_text
 from recsys_dist.errors import RecsysError
-from recsys_dist.serve import golden
+from recsys_dist.registry import Registry, RegistryConfig
 from recsys_dist.serve.deployments import (
     RankStage,
     RecallStage,
@@ -33,7 +34,9 @@ from recsys_dist.serve.pointer import Pointer
 from recsys_dist.serve.state import EmbeddedState, canonical_schema
 
 log = logging.getLogger("ray.serve")
+APP = "recsys"
 _LOAD_TIMEOUT_S = 300.0
+_REQUEST_TIMEOUT_S = 30.0
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -58,6 +61,21 @@ def build(args: dict[str, Any]) -> Application:
     return service.bind(values, recall, ranking, watcher.bind(values, recall, ranking))
 
 
+def run(cfg: ServiceConfig, host: str, port: int) -> str:
+    """Start the service on the cluster that is connected, wait until it answers; the bundle's version."""
+    serve.start(http_options={"host": host, "port": port, "request_timeout_s": _REQUEST_TIMEOUT_S})
+    serve.run(build(cfg.model_dump(mode="json")), name=APP, route_prefix="/")
+    pointer = Pointer.read(cfg.state)
+    assert pointer is not None
+    return manifest.read(Path(pointer.path)).version
+
+
+def stop() -> None:
+    """End the service and Ray Serve with it."""
+    serve.shutdown()  # type: ignore[no-untyped-call]
+    ray.shutdown()
+
+
 def _deployment(cls: type, name: str, cfg: StageConfig) -> serve.Deployment:
     made: serve.Deployment = serve.deployment(
         name=name,
@@ -73,13 +91,16 @@ def _deployment(cls: type, name: str, cfg: StageConfig) -> serve.Deployment:
 
 def resolve(cfg: ServiceConfig) -> Path:
     """The directory of the bundle that should be served: the one named, or the registry's alias."""
-    if (Path(cfg.bundle) / manifest.MANIFEST).is_file():
+    if cfg.registry is None:
+        assert cfg.bundle is not None
+        manifest.verify(Path(cfg.bundle))
         return Path(cfg.bundle).absolute()
-    return registry.resolve(cfg.alias, Path(cfg.bundle), cfg.tracking_uri)
+    registry = Registry(RegistryConfig(uri=cfg.registry, model=cfg.model))
+    return registry.resolve(cfg.alias, Path(cfg.state) / "bundles")
 
 
 class Watcher:
-    """Follows the registry, in a thread of its own, and writes new events to the log."""
+    """Follows the registry, and writes new events to the log. Ray Serve replaces it where it fails."""
 
     def __init__(self, cfg: dict[str, Any], recall: DeploymentHandle, ranking: DeploymentHandle) -> None:
         self._cfg = ServiceConfig.parse(cfg)
@@ -87,51 +108,66 @@ class Watcher:
         self._app = serve.get_replica_context().app_name
         self._served = self._refused = ""
         self._state: EmbeddedState | None = None
-        threading.Thread(target=self._follow, name="watcher", daemon=True).start()
+        self._task: asyncio.Task[None] | None = None
 
-    def _follow(self) -> None:
-        pause = threading.Event()
-        while not pause.wait(self._cfg.poll_s):
+    async def check_health(self) -> None:
+        """Called by Ray Serve every few seconds: starts the task, and raises what ended it."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._follow())
+        elif self._task.done():
+            self._task.result()
+
+    async def _follow(self) -> None:
+        while True:
             try:
-                self._look()
+                await self._look()
             except (RecsysError, RayError, RayServeException, TimeoutError) as error:
                 log.warning("watcher: %s", error)
+            await asyncio.sleep(self._cfg.poll_s)
 
-    def _look(self) -> None:
+    async def _look(self) -> None:
         pointer = Pointer.read(self._cfg.state)
         assert pointer is not None, "build() writes it before anything is deployed"
-        wanted = str(resolve(self._cfg))
+        wanted = str(await asyncio.to_thread(resolve, self._cfg))
         if wanted != pointer.path and wanted != self._refused:
-            pointer = self._try(wanted, pointer)
+            pointer = await self._try(wanted, pointer)
         if pointer.path != self._served:  # also after this actor was replaced in the middle of a switch
-            self._service().broadcast("take", pointer.path).results(timeout_s=_LOAD_TIMEOUT_S)
-            self._describe_log(Bundle.open(pointer.path))
+            await self._everywhere(self._service(), "take", pointer.path)
+            await asyncio.to_thread(self._describe_log, pointer.path)
             self._served = pointer.path
         if self._state is not None:
-            self._state.write_log()
+            await asyncio.to_thread(self._state.write_log)
 
-    def _try(self, wanted: str, pointer: Pointer) -> Pointer:
+    async def _try(self, wanted: str, pointer: Pointer) -> Pointer:
         """The pointer to go on with: at the new bundle where every replica has it, else at the old one."""
         try:
-            golden.replay(Bundle.open(wanted))
             for handle in (*self._stages, self._service()):
-                handle.broadcast("load", wanted).results(timeout_s=_LOAD_TIMEOUT_S)
+                await self._everywhere(handle, "load", wanted)
         except (RecsysError, RayError, RayServeException, TimeoutError) as error:
             self._refused = wanted
-            pointer = replace(pointer, refused=str(error).splitlines()[0])
+            pointer = replace(pointer, refused=_reason(error))
             log.warning("bundle refused, the old one stays: %s", pointer.refused)
         else:
             pointer = Pointer(wanted)
         pointer.write(self._cfg.state)
         return pointer
 
+    async def _everywhere(self, handle: DeploymentHandle, method: str, path: str) -> None:
+        await handle.broadcast(method, path).results_async(timeout_s=_LOAD_TIMEOUT_S)
+
     def _service(self) -> DeploymentHandle:
         return serve.get_deployment_handle("Service", self._app)
 
-    def _describe_log(self, bundle: Bundle) -> None:
+    def _describe_log(self, path: str) -> None:
         """Make the recorded events a log that `jobs.prepare parquet` reads."""
-        directory = Path(self._cfg.state)
+        bundle, directory = Bundle.open(path), Path(self._cfg.state)
         write_parquet(bundle.users.attributes, directory / "users.parquet")
         write_parquet(bundle.items.attributes, directory / "items.parquet")
         write_text(log_yaml(bundle), directory / "log.yaml")
         self._state = EmbeddedState(directory, canonical_schema(bundle))
+
+
+def _reason(error: Exception) -> str:
+    """The error itself, without the remote traceback that Ray puts before it."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return str(cause).splitlines()[0]

@@ -10,12 +10,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -62,10 +62,11 @@ class StageConfig(Config):
 class ServiceConfig(Config):
     """Everything that `recsys_dist.serve.app:build` takes."""
 
-    bundle: str = Field(description="directory of a bundle, or of `OUT` whose registry names the champion")
+    bundle: str | None = Field(None, description="directory of a bundle to serve, come what may")
+    registry: str | None = Field(None, description="MLflow's URI: serve what `alias` stands for there")
+    model: str = Field("recsys_dist", description="name of the registered model")
     alias: str = "champion"
-    tracking_uri: str | None = Field(None, description="of the registry; default: SQLite below `bundle`")
-    state: str = Field("runs/serving", description="directory for new events and what replicas share")
+    state: str = Field("runs/serving", description="directory for new events and all that replicas share")
     poll_s: float = Field(10.0, gt=0, description="how often the registry is asked for a new champion")
     budget_ms: float = Field(200.0, gt=0, description="time for an answer; what is not ready is left out")
     batch_rows: int = Field(16, ge=1, description="requests that travel between deployments in one call")
@@ -76,6 +77,12 @@ class ServiceConfig(Config):
     service: StageConfig = StageConfig()
     recall: StageConfig = StageConfig()
     ranking: StageConfig = StageConfig()
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.bundle is None) == (self.registry is None):
+            raise ValueError("name a bundle's directory or a registry, one of them")
+        return self
 
 
 class Bundles(Generic[T]):
@@ -105,12 +112,22 @@ class Bundles(Generic[T]):
         return self._held[path]
 
 
+def _checked(of: Callable[[Bundle], T]) -> Callable[[Bundle], T]:
+    """With the golden requests replayed first: a replica that would answer otherwise never answers."""
+
+    def opened(bundle: Bundle) -> T:
+        golden.replay(bundle)
+        return of(bundle)
+
+    return opened
+
+
 class RecallStage:
     """User vectors and the nearest items, for a batch of requests."""
 
     def __init__(self, state: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._bundles = Bundles(Recall.of)
+        self._bundles = Bundles(_checked(Recall.of))
         self._bundles.get(_served(state))
 
     async def load(self, path: str) -> None:
@@ -128,7 +145,7 @@ class RankStage:
 
     def __init__(self, state: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._bundles = Bundles(Rank.of)
+        self._bundles = Bundles(_checked(Rank.of))
         self._bundles.get(_served(state))
 
     async def load(self, path: str) -> None:
@@ -173,7 +190,7 @@ class ServiceReplica:
         torch.set_num_threads(1)
         self.cfg = ServiceConfig.parse(cfg)
         self._handles = recall, ranking
-        self._bundles = Bundles(self._opened)
+        self._bundles = Bundles(_checked(self._opened))
         self._telemetry = Telemetry()
         self._use(self._bundles.get(_served(self.cfg.state)))
         batching: Any = self.recommend_batch
@@ -185,7 +202,6 @@ class ServiceReplica:
         return create_app(self, Limits(self.cfg.body_bytes, self.cfg.ongoing), token)
 
     async def load(self, path: str) -> None:
-        """Open a bundle, and see that it answers its golden requests here too."""
         await self._bundles.ready(path)
 
     async def take(self, path: str) -> None:
@@ -215,7 +231,6 @@ class ServiceReplica:
         return self._service.version().model_copy(update={"refused": pointer and pointer.refused})
 
     def _opened(self, bundle: Bundle) -> LocalService:
-        golden.replay(bundle)
         state = EmbeddedState(Path(self.cfg.state), canonical_schema(bundle))
         return LocalService(bundle, state, Remote(bundle, *self._handles), self.cfg.budget_ms)
 

@@ -84,6 +84,8 @@ async def _invalid(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     problems = [
         {"field": ".".join(str(part) for part in problem["loc"][1:]) or "body", "problem": problem["msg"]}
+        if problem["type"] != "json_invalid"
+        else {"field": "body", "problem": "is not JSON"}
         for problem in error.errors()
     ]
     return Response(json.dumps({"detail": problems}), 422, media_type="application/json")

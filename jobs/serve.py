@@ -1,0 +1,86 @@
+"""Serves a bundle over HTTP with Ray Serve, until Ctrl-C.
+
+examples:
+  python -m jobs.serve --out runs/quickstart                       the champion of the demo's registry
+  python -m jobs.serve --bundle runs/quickstart/bundles/VERSION
+  python -m jobs.serve --tracking-uri http://mlflow:5000 --port 8080 service.replicas=2 recall.replicas=2
+
+  curl -X POST localhost:8000/recommend -H 'content-type: application/json' -d '{"user_id": "712", "k": 10}'
+
+A new champion is taken over while requests are answered; one that fails its checks is refused, and /version
+says why. Behaviour sent to /events counts at once and is kept below the state directory, as a log that
+`python -m jobs.prepare parquet STATE` reads.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from jobs.command import reported, settings_help
+from recsys_dist import session
+from recsys_dist.serve import environment
+from recsys_dist.serve.app import run, stop
+from recsys_dist.serve.deployments import ServiceConfig
+
+
+def parse(argv: list[str]) -> tuple[ServiceConfig, argparse.Namespace]:
+    """The service's settings and the process'; raises ConfigError for a wrong one."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.serve",
+        description=__doc__,
+        epilog=settings_help(ServiceConfig),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="as in ranking.replicas=2")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--out", default="runs/quickstart", help="results whose registry names the champion")
+    where.add_argument("--bundle", help="directory of one bundle")
+    where.add_argument("--tracking-uri", help="MLflow server with the registry")
+    parser.add_argument("--state", help="directory of new events; default: serving/ below --out")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
+    )
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--stats-port", type=int, help="HAProxy's page, on all addresses; default: from 8404")
+    parser.add_argument("--proxy-metrics-port", type=int, help="HAProxy's metrics; default: from 9101")
+    parser.add_argument("--metrics-port", type=int, help="Ray's and ours for Prometheus; default: from 9200")
+    args = parser.parse_intermixed_args(argv)
+    state = args.state or str(Path(args.out) / "serving")
+    values = {"state": state}
+    if args.bundle:
+        values["bundle"] = args.bundle
+    else:
+        values["registry"] = args.tracking_uri or f"sqlite:///{Path(args.out).absolute() / 'mlflow.db'}"
+    return ServiceConfig.parse(values).override(args.settings), args
+
+
+def main(argv: list[str]) -> None:
+    cfg, args = parse(argv)
+    wanted = environment.fast(Path(cfg.state), args.stats_port, args.proxy_metrics_port)
+    if (
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED" not in os.environ
+    ):  # read once, when Ray Serve is imported: begin anew
+        os.execve(sys.executable, [sys.executable, "-m", "jobs.serve", *argv], {**os.environ, **wanted})
+    metrics_port = args.metrics_port or environment.free_port(9200)
+    session.connect(metrics_port=metrics_port)
+    done = threading.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: done.set())
+    try:
+        version = run(cfg, args.host, args.port)
+        print(f"serving bundle {version} at http://{args.host}:{args.port} (try it by hand: /docs)")
+        print(f"metrics for Prometheus: http://127.0.0.1:{metrics_port}")
+        if "RAY_SERVE_HAPROXY_STATS_PORT" in os.environ:
+            stats, proxied = (os.environ[f"RAY_SERVE_HAPROXY_{n}_PORT"] for n in ("STATS", "METRICS"))
+            print(f"HAProxy listens on ports {stats} (page) and {proxied} (metrics) too, on all addresses")
+        print("Ctrl-C ends it", flush=True)
+        done.wait()
+    finally:
+        stop()
+
+
+if __name__ == "__main__":
+    sys.exit(reported(main, sys.argv[1:]))

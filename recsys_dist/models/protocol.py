@@ -9,7 +9,7 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -68,6 +68,44 @@ class RankModel(Model, Protocol):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """[B] logits; `sigmoid` of them are the predicted probabilities."""
+        ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one side of n (user, item) pairs contributes before the two meet.
+
+    hidden  [n, H] to the first layer, before its activation
+    logit   [n] to the logit itself
+    """
+
+    hidden: torch.Tensor
+    logit: torch.Tensor
+
+
+@runtime_checkable
+class FactoredRankModel(Protocol):
+    """A ranker whose first layer is a sum over user and item: many candidates of one user cost little.
+
+    Serving computes the items' parts once, the user's once per request, and joins them per candidate.
+    """
+
+    def parts(self, batch: Batch, of_item: bool) -> Parts:
+        """The user's and context's part of each row of `batch` [n], or with `of_item` the item's."""
+        ...
+
+    def join(
+        self,
+        users: Parts,
+        items: Parts,
+        of: torch.Tensor,
+        at: torch.Tensor,
+        crosses: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """[C] logits, as `forward` gives them: row `of` [C] of users with row `at` [C] of items.
+
+        `crosses` has the ids [C] of every feature that depends on both.
+        """
         ...
 
 

@@ -10,19 +10,20 @@ B rows, R of them not padding, W wide features
 """
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
+from torch.nn import functional as F
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
 
 from recsys_dist.batch import Batch
 from recsys_dist.errors import ConfigError
 from recsys_dist.models.layers import DIM_UNIT, MLP, Activation, embedding_tables, normal, table_rows
 from recsys_dist.models.losses import binary_cross_entropy
-from recsys_dist.models.protocol import Catalogue, ModelConfig, Task
+from recsys_dist.models.protocol import Catalogue, ModelConfig, Parts, Task
 from recsys_dist.schema import IdFeature, Schema, SingleId
 
 # A linear weight is the mean of as many columns, which start equal, get equal gradients and so stay equal;
@@ -72,6 +73,14 @@ class Model(nn.Module):
         )
         inputs = len(deep) * cfg.embedding_dim + len(schema.dense)
         self.tower = MLP(inputs, cfg.hidden, cfg.activation, cfg.dropout, out=1)
+        of_item = ["item" in schema.sides(feature) for feature in deep]
+        columns = np.repeat(of_item, cfg.embedding_dim)
+        dense_columns = ["item" in schema.sides(feature) for feature in schema.dense]
+        self.register_buffer(
+            "item_inputs", torch.from_numpy(np.r_[columns, dense_columns].astype(bool)), persistent=False
+        )
+        self.item_inputs: torch.Tensor  # [inputs] bool: columns of the tower's input that the item decides
+        self.wide_sides = {f.name: {side == "item" for side in schema.sides(f)} for f in wide}
 
     @staticmethod
     def inputs(schema: Schema, cfg: Config) -> Schema:
@@ -91,6 +100,41 @@ class Model(nn.Module):
         if self.wide_rows:
             logit_B = logit_B + found[WIDE].sum(dim=1) / WIDE_DIM
         return logit_B
+
+    def parts(self, batch: Batch, of_item: bool) -> Parts:
+        """See FactoredRankModel; the wide features that depend on user and item both are left to `join`."""
+        found = self.tables(self._with_wide(batch.sparse)).to_dict()
+        first: Any = self.tower.layers[0]
+        chosen = self.item_inputs if of_item else ~self.item_inputs
+        inputs = torch.cat([*(found[name] for name in self.deep_names), batch.dense], dim=1)
+        hidden = inputs[:, chosen] @ first.weight[:, chosen].T
+        wide = [name for name, sides in self.wide_sides.items() if sides == {of_item}]
+        logit = sum(
+            (self._wide(name, batch.sparse[name].values()) for name in wide), hidden.new_zeros(batch.rows)
+        )
+        return Parts(hidden, logit)
+
+    def join(
+        self,
+        users: Parts,
+        items: Parts,
+        of: torch.Tensor,
+        at: torch.Tensor,
+        crosses: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """See FactoredRankModel: equal to `forward` but for rounding."""
+        first: Any = self.tower.layers[0]
+        hidden = users.hidden[of] + items.hidden[at] + first.bias
+        logit = self.tower.layers[1:](hidden).squeeze(1) + users.logit[of] + items.logit[at]
+        for name, sides in self.wide_sides.items():
+            if len(sides) > 1:
+                logit = logit + self._wide(name, crosses[name])
+        return logit
+
+    def _wide(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        """[n] weights of a wide feature's ids, of an unsharded model."""
+        table = self.tables.embedding_bags[WIDE].weight
+        return F.embedding(ids + self.wide_rows[name], table).sum(dim=1) / WIDE_DIM
 
     def _with_wide(self, sparse: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """The ids with one key more: each row's ids of all wide features, shifted to their own rows."""

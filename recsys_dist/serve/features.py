@@ -6,7 +6,7 @@ and where both meet (crosses) their product.
 R requests, C candidates of all requests, P positions of items (`World.items`; 0 is one we know nothing of)
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from functools import cached_property
 from typing import Self
@@ -17,8 +17,10 @@ import pyarrow as pa
 from recsys_dist.bundle import Bundle, Served
 from recsys_dist.data import transforms
 from recsys_dist.data.examples import STATE, World, features, sort_events
+from recsys_dist.data.logs import LogSpec
 from recsys_dist.schema import Sequence
 
+_BLOCK_ROWS = 16_384
 REQUEST = "request"  # which request a row asks for
 
 
@@ -30,6 +32,7 @@ class Features:
         self.schema = world.encoders.schema
         wanted = [feature for feature in self.schema.features if feature.name in read]
         # crosses of the item's side with another: known only once both are
+        self._frozen_us = (world.encoders.freeze_day + 1) * transforms.DAY_US  # in every time zone
         self._met = [f for f in self.schema.crosses if f in wanted and {"item"} < self.schema.sides(f)]
         self._of_item = [f.name for f in wanted if self.schema.sides(f) == {"item"}]
         self._of_user = [f.name for f in wanted if "item" not in self.schema.sides(f)]
@@ -62,10 +65,28 @@ class Features:
             name: users[name].take(pa.array(of)) for name in users.column_names
         }
         columns |= {name: values[positions] for name, values in self._catalogue.items()}
-        for feature in self._met:
-            parts = [np.asarray(columns[name]) for name in feature.of]
-            columns[feature.name] = transforms.cross(parts, feature.hash_buckets)
-        return pa.table(columns)
+        return pa.table({**columns, **self.crosses(users, of, positions)})
+
+    def crosses(self, users: pa.Table, of: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
+        """Ids [C] of each feature that depends on user and item both; `of` and `positions` as in `rows`."""
+
+        def ids(name: str) -> np.ndarray:
+            own = self._catalogue.get(name)
+            return users[name].to_numpy()[of] if own is None else own[positions]
+
+        return {f.name: transforms.cross([ids(name) for name in f.of], f.hash_buckets) for f in self._met}
+
+    def of_every_item(self) -> Iterator[pa.Table]:
+        """Rows of all items by position [P], a block at a time, for a user of whom nothing is known."""
+        context = LogSpec.from_schema(self.schema).arrow_schema()
+        asked = pa.table({name: pa.nulls(1, context.field(name).type) for name in context.names})
+        moment = pa.array([self._frozen_us], pa.timestamp("us", "UTC"))
+        asked = asked.set_column(asked.schema.get_field_index("timestamp"), "timestamp", moment)
+        nobody = self.users(asked.slice(0, 0), asked)
+        count = len(self.world.items) + 1
+        for start in range(0, count, _BLOCK_ROWS):
+            positions = np.arange(start, min(start + _BLOCK_ROWS, count))
+            yield self.rows(nobody, np.zeros(len(positions), np.int64), positions)
 
     def with_unknown_item(self, users: pa.Table) -> pa.Table:
         """[R] rows for a user tower, which does not look at the item."""
@@ -76,11 +97,10 @@ class Features:
         """Each feature of the item alone, by position [P]; past statistics as they stand once frozen."""
         world = _reading(self.world, self._of_item)
         count = len(world.items) + 1
-        frozen_us = world.encoders.freeze_day * transforms.DAY_US + transforms.DAY_US
         asked = {
             "user_id": pa.array([""] * count),
             "item_id": pa.concat_arrays([pa.nulls(1, pa.string()), world.items.ids]),
-            "timestamp": pa.array(np.full(count, frozen_us), pa.timestamp("us", "UTC")),
+            "timestamp": pa.array(np.full(count, self._frozen_us), pa.timestamp("us", "UTC")),
             STATE: pa.array(np.ones(count, bool)),
         }
         found = features(pa.table(asked), world, np.arange(count))

@@ -1,4 +1,4 @@
-"""Ranking: the probability of every candidate, of all requests in one batch. C candidates in all"""
+"""Ranking: the probability of every candidate, of all requests in one batch. R requests, C candidates"""
 
 from dataclasses import dataclass
 from typing import Self
@@ -9,21 +9,56 @@ import torch
 
 from recsys_dist.bundle import Bundle, Served
 from recsys_dist.data.collate import collate
+from recsys_dist.models.protocol import FactoredRankModel, Parts
 from recsys_dist.serve.features import Features
 
 
 @dataclass(frozen=True)
 class Rank:
+    """`items` are the catalogue's parts by position, of a ranker that can be taken apart."""
+
     ranker: Served
     features: Features
+    items: Parts | None
 
     @classmethod
     def of(cls, bundle: Bundle) -> Self:
-        return cls(bundle.ranking, Features.of(bundle, bundle.ranking))
+        features = Features.of(bundle, bundle.ranking)
+        model = bundle.ranking.model
+        items = _parts(bundle.ranking, features) if isinstance(model, FactoredRankModel) else None
+        return cls(bundle.ranking, features, items)
 
     @torch.inference_mode()
     def probabilities(self, users: pa.Table, of: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """[C] float32: that the user in row `of` [C] of `users` takes the item at `positions` [C]."""
+        logits = (
+            self._whole(users, of, positions) if self.items is None else self._joined(users, of, positions)
+        )
+        return torch.sigmoid(logits).numpy()
+
+    def _whole(self, users: pa.Table, of: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         rows = self.features.rows(users, of, positions)
         logits: torch.Tensor = self.ranker.model(collate(rows, self.ranker.schema))
-        return torch.sigmoid(logits).numpy()
+        return logits
+
+    def _joined(self, users: pa.Table, of: np.ndarray, positions: np.ndarray) -> torch.Tensor:
+        """The same from parts: a user's is computed once for all her candidates."""
+        model = self.ranker.model
+        assert isinstance(model, FactoredRankModel) and self.items is not None
+        batch = collate(self.features.with_unknown_item(users), self.ranker.schema)
+        crosses = self.features.crosses(users, of, positions)
+        return model.join(
+            model.parts(batch, of_item=False),
+            self.items,
+            torch.from_numpy(of),
+            torch.from_numpy(positions),
+            {name: torch.from_numpy(ids) for name, ids in crosses.items()},
+        )
+
+
+@torch.inference_mode()
+def _parts(ranker: Served, features: Features) -> Parts:
+    model = ranker.model
+    assert isinstance(model, FactoredRankModel)
+    blocks = [model.parts(collate(rows, ranker.schema), of_item=True) for rows in features.of_every_item()]
+    return Parts(torch.cat([b.hidden for b in blocks]), torch.cat([b.logit for b in blocks]))

@@ -19,11 +19,19 @@ import sys
 import threading
 from pathlib import Path
 
+import torch
+import uvicorn
+
 from jobs.command import reported, settings_help
 from recsys_dist import session
-from recsys_dist.serve import environment
-from recsys_dist.serve.app import run, stop
+from recsys_dist.bundle import Bundle
+from recsys_dist.serve import environment, golden
+from recsys_dist.serve.app import resolve, run, stop
 from recsys_dist.serve.deployments import ServiceConfig
+from recsys_dist.serve.guard import Limits
+from recsys_dist.serve.http import create_app
+from recsys_dist.serve.local import LocalService
+from recsys_dist.serve.state import EmbeddedState, canonical_schema
 
 
 def parse(argv: list[str]) -> tuple[ServiceConfig, argparse.Namespace]:
@@ -44,6 +52,10 @@ def parse(argv: list[str]) -> tuple[ServiceConfig, argparse.Namespace]:
         "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
     )
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--no-ray", action="store_true", help="in this process alone, without Ray Serve")
+    parser.add_argument(
+        "--ray-defaults", action="store_true", help="Ray Serve's own settings, to compare with the fast ones"
+    )
     parser.add_argument("--stats-port", type=int, help="HAProxy's page, on all addresses; default: from 8404")
     parser.add_argument("--proxy-metrics-port", type=int, help="HAProxy's metrics; default: from 9101")
     parser.add_argument("--metrics-port", type=int, help="Ray's and ours for Prometheus; default: from 9200")
@@ -57,12 +69,27 @@ def parse(argv: list[str]) -> tuple[ServiceConfig, argparse.Namespace]:
     return ServiceConfig.parse(values).override(args.settings), args
 
 
+def _alone(cfg: ServiceConfig, args: argparse.Namespace) -> None:
+    bundle = Bundle.open(resolve(cfg))
+    golden.replay(bundle)
+    torch.set_num_threads(cfg.ranking.threads)
+    state = EmbeddedState(Path(cfg.state), canonical_schema(bundle))
+    app = create_app(
+        LocalService(bundle, state, budget_ms=cfg.budget_ms), Limits(cfg.body_bytes, cfg.ongoing), cfg.token()
+    )
+    print(
+        f"serving bundle {bundle.manifest.version} at http://{args.host}:{args.port}, without Ray", flush=True
+    )
+    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False)
+
+
 def main(argv: list[str]) -> None:
     cfg, args = parse(argv)
+    if args.no_ray:
+        return _alone(cfg, args)
     wanted = environment.fast(Path(cfg.state), args.stats_port, args.proxy_metrics_port)
-    if (
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED" not in os.environ
-    ):  # read once, when Ray Serve is imported: begin anew
+    # read once, when Ray Serve is imported: begin anew with them
+    if not args.ray_defaults and "RAY_SERVE_THROUGHPUT_OPTIMIZED" not in os.environ:
         os.execve(sys.executable, [sys.executable, "-m", "jobs.serve", *argv], {**os.environ, **wanted})
     metrics_port = args.metrics_port or environment.free_port(9200)
     session.connect(metrics_port=metrics_port)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ import pyarrow.compute as pc
 from recsys_dist.bundle import Bundle
 from recsys_dist.data.counts import is_positive
 from recsys_dist.errors import ServeError
-from recsys_dist.manifest import DISPLAY
+from recsys_dist.export import DISPLAY
 from recsys_dist.serve.environment import free_port
 
 _SHOWN_USERS, _SHOWN_ITEMS, _WATCHED = 3, 5, 4
@@ -82,7 +81,9 @@ def _ask(port: int, user: str, k: int) -> tuple[float, dict[str, Any]]:
 
 def _regulars(bundle: Bundle, count: int) -> list[str]:
     """Users with something watched, spread over all of them."""
-    wanted = pc.unique(bundle.events.filter(pa.array(is_positive(bundle.events, bundle.encoders.schema)))["user_id"])
+    wanted = pc.unique(
+        bundle.events.filter(pa.array(is_positive(bundle.events, bundle.encoders.schema)))["user_id"]
+    )
     at = np.linspace(0, len(wanted) - 1, min(count, len(wanted))).astype(np.int64)
     return wanted.take(pa.array(at)).to_pylist()
 
@@ -102,7 +103,9 @@ def _names(bundle: Bundle) -> Any:
 
     def named(item: str) -> str:
         position = int(bundle.items.positions(pa.array([item]))[0])
-        values = [] if not position else [v for v in chosen.slice(position - 1, 1).to_pylist()[0].values() if v]
+        values = (
+            [] if not position else [v for v in chosen.slice(position - 1, 1).to_pylist()[0].values() if v]
+        )
         return f"{item} ({', '.join(map(str, values))})" if values else item
 
     return named

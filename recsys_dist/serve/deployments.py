@@ -23,6 +23,7 @@ from ray.serve.handle import DeploymentHandle
 
 from recsys_dist.bundle import Bundle
 from recsys_dist.config import Config
+from recsys_dist.errors import ConfigError
 from recsys_dist.serve import golden
 from recsys_dist.serve.api import (
     Answer,
@@ -83,6 +84,18 @@ class ServiceConfig(Config):
         if (self.bundle is None) == (self.registry is None):
             raise ValueError("name a bundle's directory or a registry, one of them")
         return self
+
+    def token(self) -> str | None:
+        """The bearer token, which is in a file so that no dashboard shows it; ConfigError where it cannot."""
+        if self.token_file is None:
+            return None
+        try:
+            found = Path(self.token_file).read_text().strip()
+        except OSError as error:
+            raise ConfigError(f"token_file {self.token_file!r} cannot be read: {error.strerror}") from None
+        if not found:
+            raise ConfigError(f"token_file {self.token_file!r} is empty; write a long random token into it")
+        return found
 
 
 class Bundles(Generic[T]):
@@ -198,8 +211,7 @@ class ServiceReplica:
         batching.set_batch_wait_timeout_s(self.cfg.batch_wait_ms / 1000)
 
     def __serve_build_asgi_app__(self) -> Guard:
-        token = Path(self.cfg.token_file).read_text().strip() if self.cfg.token_file else None
-        return create_app(self, Limits(self.cfg.body_bytes, self.cfg.ongoing), token)
+        return create_app(self, Limits(self.cfg.body_bytes, self.cfg.ongoing), self.cfg.token())
 
     async def load(self, path: str) -> None:
         await self._bundles.ready(path)

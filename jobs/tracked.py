@@ -39,7 +39,7 @@ def run(cfg: TrainConfig, out: Path, tracked: TrackingConfig, evaluate: Evaluate
         live.record.data(prepared.path.name, prepared.manifest.data_digest, str(prepared.path))
         fitted = trainer.fit(cfg, out / "models", on_report=_curve_recorder(live.record))
         live.record.checkpoint(fitted.checkpoint)
-        evaluation = _evaluated(prepared, fitted, cfg, evaluate) if evaluate else None
+        evaluation = evaluated(prepared, fitted.checkpoint, evaluate) if evaluate else None
         figures = figures_of(cfg, fitted, evaluation)
         if evaluation:
             live.record.metrics(final_metrics(evaluation))
@@ -102,17 +102,17 @@ def figures_of(cfg: TrainConfig, fitted: FitResult, evaluation: dict[str, Any] |
     return figures
 
 
-def _evaluated(
-    prepared: Prepared, fitted: FitResult, cfg: TrainConfig, evaluate: EvaluateConfig
-) -> dict[str, Any]:
-    key = digest([fitted.checkpoint.name, prepared.manifest.data_digest, evaluate.digest()])
-    file = fitted.run / f"evaluation-{key}.json"
+def evaluated(prepared: Prepared, checkpoint: Path, cfg: EvaluateConfig) -> dict[str, Any]:
+    """What a run's checkpoint is worth; kept beside it, so that it is computed once."""
+    run = checkpoint.absolute().parent.parent
+    key = digest([checkpoint.name, prepared.manifest.data_digest, cfg.digest()])
+    file = run / f"evaluation-{key}.json"
     if not file.exists():
-        trained = load_trained(fitted.checkpoint, prepared)
-        if cfg.task == "ranking":
-            write_json(evaluate_ranking(prepared, trained, evaluate, fitted.run), file)
+        trained = load_trained(checkpoint, prepared)
+        if trained.model.task == "ranking":
+            write_json(evaluate_ranking(prepared, trained, cfg, run), file)
         else:
-            write_json(evaluate_recall(prepared, trained, evaluate), file)
+            write_json(evaluate_recall(prepared, trained, cfg), file)
     found: dict[str, Any] = json.loads(file.read_text())
     return found
 

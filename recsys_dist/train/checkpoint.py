@@ -126,7 +126,14 @@ def load_for_inference(path: Path | str, schema: Schema | None = None) -> tuple[
     inputs = model_schema(cfg, manifest.data_schema, manifest.label)
     model: nn.Module = module.Model(cfg, inputs, Catalogue(catalogue["catalogue.positives"]))
     loss = materialise(Loss(model), manifest.seed)
-    _read(Path(path), {f"weights.{name}": weight for name, weight in loss.state_dict().items()})
+    try:
+        _read(Path(path), {f"weights.{name}": weight for name, weight in loss.state_dict().items()})
+    except CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
+        raise CheckpointError(
+            f"{str(path)!r} was saved by another version of model {manifest.model['name']!r}: {reason} "
+            "Train it anew with this one"
+        ) from None
     return model.eval(), manifest
 
 

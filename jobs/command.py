@@ -26,8 +26,9 @@ def reported(main: Callable[[list[str]], None], argv: list[str]) -> int:
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
-        what = f"{error.filename!r} cannot be written: {error.strerror}" if error.filename else error.strerror
-        return _told(f"{what}; make room, and run the same command again: it continues")
+        what = repr(error.filename) if error.filename else "a file"
+        said = f"{what} cannot be written: {error.strerror}"
+        return _told(f"{said}; make room, and run the same command again: it continues")
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second one while Ray's processes end
         print("interrupted; the same command again continues", file=sys.stderr)

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -236,4 +237,15 @@ def one_writer(uri: str) -> Iterator[None]:
     database.parent.mkdir(parents=True, exist_ok=True)
     with database.with_suffix(".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if not database.exists():
+            _make(database)
         yield
+
+
+def _make(database: Path) -> None:
+    """Have MLflow make its tables under another name: half of them, after a kill, it would never complete."""
+    for left in database.parent.glob(f"{database.name}.*.new*"):
+        left.unlink()
+    fresh = database.with_name(f"{database.name}.{uuid.uuid4().hex[:8]}.new")
+    MlflowClient(tracking_uri=f"sqlite:///{fresh}").search_experiments()
+    fresh.rename(database)

@@ -12,6 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,14 +68,16 @@ class Recorder:
         copies.mkdir(parents=True, exist_ok=True)
         copy = copies / f"{time.time_ns()}" / path.name
         copy.parent.mkdir()
-        shutil.copyfile(path, copy)
+        with _naming(copy):
+            shutil.copyfile(path, copy)
         self._append({"kind": "artifact", "path": str(copy.relative_to(self.directory)), "folder": folder})
 
     def text(self, text: str, name: str, folder: str = "") -> None:
         """A small text file to upload under `name`."""
         source = self.directory / "files" / f"{time.time_ns()}" / name
         source.parent.mkdir(parents=True)
-        source.write_text(text)
+        with _naming(source):
+            source.write_text(text)
         self._append({"kind": "artifact", "path": str(source.relative_to(self.directory)), "folder": folder})
 
     def status(self, status: Status) -> None:
@@ -113,9 +116,8 @@ class Recorder:
         try:
             data = line.encode()
             while data:
-                data = data[os.write(file, data) :]
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
+                with _naming(self.path):
+                    data = data[os.write(file, data) :]
         finally:
             os.close(file)
 
@@ -147,7 +149,7 @@ def _parse(line: bytes, path: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
     except ValueError:
-        log.warning("%s: a torn record of %d bytes is skipped", path, len(line))
+        log.debug("%s: a torn record of %d bytes is skipped", path, len(line))  # told when it was torn
         return None
     assert isinstance(record, dict), f"{path}: {line[:80]!r} is no record"
     return record
@@ -172,8 +174,18 @@ class State:
         """Replace the saved state at once; only the owner may read it, for a URI can hold a password."""
         fresh = directory / "state.new"
         fresh.touch(mode=0o600)
-        fresh.write_text(json.dumps(asdict(self), indent=1))
+        with _naming(fresh):
+            fresh.write_text(json.dumps(asdict(self), indent=1))
         fresh.replace(directory / "state.json")
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say which file it is that cannot be written, which the system does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def load_state(directory: Path) -> State | None:

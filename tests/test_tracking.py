@@ -16,6 +16,7 @@ import pytest
 from mlflow.entities import Run as MlflowRun
 from mlflow.tracking import MlflowClient
 
+from recsys_dist.delivery import one_writer
 from recsys_dist.errors import ConfigError
 from recsys_dist.outbox import Recorder, load_state
 from recsys_dist.tracking import TrackingConfig, deliver_pending, open_run
@@ -27,7 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database with MLflow's tables: making them takes seconds, copying does not."""
     place = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{place}").search_experiments()
+    (place.parent / "mlflow.db.0a1b2c3d.new").write_bytes(b"half of the tables: its maker was killed")
+    with one_writer(f"sqlite:///{place}"):
+        assert sorted(file.name for file in place.parent.iterdir()) == ["mlflow.db", "mlflow.lock"]
     return place
 
 

@@ -86,6 +86,7 @@ def measure(args: argparse.Namespace, users: list[str], scratch: Path) -> dict[s
                 for _ in range(args.repeats)
             ]
             rates[name] = [len(run) / args.seconds for run in runs]
+            print(f"{name}: {', '.join(f'{rate:.0f}' for rate in rates[name])} requests a second", flush=True)
             if name == "ours":
                 half = statistics.median(rates[name]) / 2
                 steady = asyncio.run(beat(port, users, half, args.seconds))

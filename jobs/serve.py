@@ -15,6 +15,7 @@ says why. Behaviour sent to /events counts at once and is kept below the state d
 import argparse
 import os
 import signal
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -77,10 +78,10 @@ def _alone(cfg: ServiceConfig, args: argparse.Namespace) -> None:
     app = create_app(
         LocalService(bundle, state, budget_ms=cfg.budget_ms), Limits(cfg.body_bytes, cfg.ongoing), cfg.token()
     )
-    print(
-        f"serving bundle {bundle.manifest.version} at http://{args.host}:{args.port}, without Ray", flush=True
-    )
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False)
+    with socket.create_server((args.host, args.port), backlog=1024) as listening:
+        where = f"http://{args.host}:{args.port}"
+        print(f"serving bundle {bundle.manifest.version} at {where}, without Ray", flush=True)
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run([listening])
 
 
 def main(argv: list[str]) -> None:

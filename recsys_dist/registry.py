@@ -7,6 +7,7 @@ again goes on. Which versions were champions, in order, is a tag of the register
 
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -210,24 +211,30 @@ class Registry:
     def _upload(self, directory: Path, facts: Manifest) -> ModelVersion:
         experiment = experiment_id(self._client, self.cfg.uri, self.cfg.experiment)
         run = self._client.create_run(experiment, run_name=f"export-{facts.version}").info.run_id
-        model = self._client.create_logged_model(
-            experiment, f"bundle-{facts.version}", run, {_BUNDLE: facts.version}, model_type="recommender"
-        )
-        self._client.log_model_artifacts(model.model_id, str(directory))
-        with tempfile.TemporaryDirectory() as folder:
-            self._download(model.artifact_location, Path(folder), facts.version)
-        self._client.finalize_logged_model(model.model_id, "READY")
-        self._tell(run, model.model_id, facts)
-        if self._model() is None:
-            self._client.create_registered_model(self.cfg.model)
-        return self._client.create_model_version(
-            self.cfg.model,
-            source=model.artifact_location,  # a `models:/` URI is looked up in the process's default store
-            run_id=run,
-            tags={_BUNDLE: facts.version},
-            await_creation_for=0,
-            model_id=model.model_id,
-        )
+        status = "FAILED"
+        try:
+            model = self._client.create_logged_model(
+                experiment, f"bundle-{facts.version}", run, {_BUNDLE: facts.version}, model_type="recommender"
+            )
+            self._client.log_model_artifacts(model.model_id, str(directory))
+            with tempfile.TemporaryDirectory() as folder:
+                self._download(model.artifact_location, Path(folder), facts.version)
+            self._client.finalize_logged_model(model.model_id, "READY")
+            self._tell(run, model.model_id, facts)
+            if self._model() is None:
+                self._client.create_registered_model(self.cfg.model)
+            version = self._client.create_model_version(
+                self.cfg.model,
+                source=model.artifact_location,  # `models:/` is looked up in the process's default store
+                run_id=run,
+                tags={_BUNDLE: facts.version},
+                await_creation_for=0,
+                model_id=model.model_id,
+            )
+            status = "FINISHED"
+        finally:
+            self._client.set_terminated(run, status)
+        return version
 
     def _tell(self, run: str, model_id: str, facts: Manifest) -> None:
         """The bundle's figures, at the run that exported it and at the model."""
@@ -242,21 +249,29 @@ class Registry:
         told = {"bundle": facts.version, "data": facts.data.data_digest, "git_commit": facts.git_commit}
         told |= {f"checkpoint.{task}": path for task, path in facts.checkpoints.items()}
         self._client.log_batch(run, [*metrics, index], [Param(key, value) for key, value in told.items()])
-        self._client.set_terminated(run)
 
     def _judge(
         self, candidate: Manifest, champion: ModelVersion | None, cfg: GateConfig, measure: Measure | None
     ) -> list[Gate]:
         if champion is None:
             return judge(candidate, None, cfg)
+        measured = None
         with tempfile.TemporaryDirectory() as folder:
-            path = self._fetched(champion, Path(folder))
-            former = manifest.read(path)
-            measured = measure(path) if measure and not same_days(candidate, former) else None
+            mlflow.artifacts.download_artifacts(
+                artifact_uri=f"{champion.source}/{MANIFEST}", dst_path=folder, tracking_uri=self.cfg.uri
+            )
+            former = manifest.read(Path(folder))
+            if measure is not None and not same_days(candidate, former):
+                measured = measure(self._fetched(champion, Path(folder)))
         return judge(candidate, former, cfg, measured)
 
     def _fetched(self, version: ModelVersion, cache: Path) -> Path:
-        path = cache / version.tags[_BUNDLE]
+        bundle = version.tags.get(_BUNDLE, "")
+        if not re.fullmatch("[0-9a-f]{16}", bundle):  # it names a directory here
+            raise RegistryError(
+                f"version {version.version} of {self.cfg.model!r} holds no bundle, but {bundle!r}"
+            )
+        path = cache / bundle
         if path.is_dir():
             try:
                 manifest.verify(path)

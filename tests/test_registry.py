@@ -14,6 +14,7 @@ from recsys_dist.errors import BundleError, RegistryError
 from recsys_dist.gates import GateConfig
 from recsys_dist.manifest import Manifest
 from recsys_dist.registry import CHALLENGER, CHAMPION, Registry, RegistryConfig
+from tests.test_tracking import Server
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +151,8 @@ def test_a_damaged_upload_is_never_registered(
     with pytest.raises(BundleError, match=r"seen\.parquet has 0 bytes instead of"):
         registry.publish(variants[0])
     assert registry.entries() == []
+    [run] = registry._client.search_runs(["1"])
+    assert run.info.status == "FAILED"
     damaged = Path(shutil.copytree(variants[0], tmp_path / "damaged"))
     (damaged / "users.parquet").unlink()
     with pytest.raises(BundleError, match=r"users\.parquet is missing"):
@@ -215,3 +218,39 @@ def test_a_registry_that_is_not_there_is_not_made_by_asking(tmp_path: Path) -> N
     with pytest.raises(RegistryError, match=r"there is no registry .*none\.db"):
         registry.current()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_version_that_is_no_bundle_touches_no_directory(registry: Registry, tmp_path: Path) -> None:
+    registry._client.create_registered_model("recsys_dist")
+    for tags in ({"bundle": "../precious"}, {}):
+        registry._client.create_model_version("recsys_dist", source="s3://elsewhere", tags=tags)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    for number in ("1", "2"):
+        with pytest.raises(RegistryError, match="holds no bundle"):
+            registry.resolve(number, tmp_path / "cache")
+    assert precious.is_dir()
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Server]:
+    server = Server(tmp_path)
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.mark.e2e
+def test_a_server_takes_bundles_and_gives_them_back(
+    started: Server, variants: list[Path], tmp_path: Path
+) -> None:
+    registry = Registry(RegistryConfig(uri=started.uri))
+    for path in variants[:2]:
+        assert registry.publish(path).entry.aliases == (CHAMPION,)
+    assert Bundle.open(registry.resolve(CHAMPION, tmp_path / "cache")).manifest.version == variants[1].name
+    assert registry.rollback().bundle == variants[0].name
+    assert [entry.number for entry in registry.entries()] == ["2", "1"]
+    started.kill()
+    with pytest.raises(RegistryError, match=r"failed: .*(refused|reset)"):
+        registry.current()
+    assert registry.resolve(CHAMPION, tmp_path / "cache").name == variants[1].name, "as it was last"

@@ -7,9 +7,10 @@ examples:
   python -m jobs.train --config runs/tune/sweep-wide_deep-…/best.yaml     (train what was found, in full)
 
 Every trial is a whole training run with other settings, proposed by Optuna's TPE; the first has the recipe's
-own. All start on the newest 1/16 of the training rows; of those on a rung, the best one in four go on to the
-next (1/4, then all), each trained anew there. What decides is the metric on the validation days; the test
-days stay untouched. As many trials run at a time as the cluster has CPUs for.
+own. All start on the newest 1/16 of the training rows; of those on a rung, one in four go on to the next
+(1/4, then all), each trained anew there: the best, and the first, so that what is found is never worse than
+it. What decides is the metric on the validation days; the test days stay untouched. As many trials run at a
+time as the cluster has CPUs for.
 
 A space is a YAML file with a line per searched setting:
   model.hidden: {choice: [[256, 128], [512, 256]]}
@@ -121,9 +122,8 @@ class Told:
                 "seconds": result.seconds,
             }
             prefix = "check/" if job.check else ""
-            found = {key: v for key, v in result.history[-1].items() if key != "epoch"} | {
-                metric: result.value
-            }
+            at_best = next(entry for entry in result.history if entry[metric] == result.value)
+            found = {key: value for key, value in at_best.items() if key != "epoch"}
             child.metrics({f"{prefix}{k}": v for k, v in (found | values).items()}, step=job.rung)
             self._sweep_metrics(ledger)
         child.status("FAILED" if result.value is None else "FINISHED")

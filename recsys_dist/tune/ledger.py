@@ -1,9 +1,11 @@
 """What a sweep has tried and what comes next, by asynchronous successive halving (arXiv 1810.05934).
 
 Trials start on the lowest rung, a small part of the training rows. Of the results on a rung, the best one in
-`keep` go to the next: `next_job` is the paper's get_job. Unlike the paper's, promotions are bounded in number
-too: at no time have more than one in `keep` been promoted, however the results came in, so that the compute
-of a sweep is known beforehand. Once nothing more can come onto a rung, the number is rounded up.
+`keep` go to the next: `next_job` is the paper's get_job. Two things differ. The first trial, the settings
+that the sweep started from, goes up all rungs as one of those, so that what is found is never worse. And
+promotions are bounded in number too: at no time have more than one in `keep` gone up, however the results
+came in, so that the compute of a sweep is known beforehand. Once nothing more can come onto a rung, the
+number is rounded up, and is two at least.
 
 The ledger is a file of JSON lines and the whole state of a sweep: a killed one is read back and goes on.
 """
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from recsys_dist.tune.space import Told, Values
+
+FIRST = 0  # the trial with the settings that the sweep started from
 
 
 @dataclass(frozen=True)
@@ -136,15 +140,19 @@ def next_check(ledger: Ledger, plan: Plan, running: set[Job]) -> Job | None:
 def _to_promote(ledger: Ledger, plan: Plan, running: set[Job], rung: int) -> int | None:
     ranked = ledger.ranked(rung, plan.maximise)
     above = _begun(ledger, running, rung + 1)
-    if len(above) >= _quota(ledger, plan, running, rung):
+    if FIRST in ranked and FIRST not in above:
+        return FIRST
+    if len(above - {FIRST}) >= _quota(ledger, plan, running, rung):
         return None
     return next((trial for trial in ranked if trial not in above), None)
 
 
 def _quota(ledger: Ledger, plan: Plan, running: set[Job], rung: int) -> int:
-    """How many trials of a rung may be promoted by now."""
+    """How many trials besides the first may have gone up from a rung by now."""
     results = len(ledger.on_rung(rung))
-    return math.ceil(results / plan.keep) if _full(ledger, plan, running, rung) else results // plan.keep
+    if _full(ledger, plan, running, rung):
+        return max(1, math.ceil(results / plan.keep) - 1)
+    return results // plan.keep - 1
 
 
 def _full(ledger: Ledger, plan: Plan, running: set[Job], rung: int) -> bool:
@@ -153,9 +161,9 @@ def _full(ledger: Ledger, plan: Plan, running: set[Job], rung: int) -> bool:
         return False
     if rung == 0:
         return len(ledger.on_rung(0)) >= plan.trials
-    below = rung - 1
-    due = min(_quota(ledger, plan, running, below), len(ledger.ranked(below, plan.maximise)))
-    return _full(ledger, plan, running, below) and len(_begun(ledger, running, rung)) >= due
+    good = set(ledger.ranked(rung - 1, plan.maximise))
+    due = min(_quota(ledger, plan, running, rung - 1), len(good - {FIRST})) + (FIRST in good)
+    return _full(ledger, plan, running, rung - 1) and len(_begun(ledger, running, rung)) >= due
 
 
 def _begun(ledger: Ledger, running: set[Job], rung: int) -> set[int]:

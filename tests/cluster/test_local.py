@@ -1,6 +1,7 @@
 """cluster/local.sh: up, a job through the token, down with nothing left behind."""
 
 import os
+import re
 import shutil
 import socket
 import stat
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from recsys_dist.data.prepared import Prepared
+from recsys_dist.train.checkpoint import load_for_inference
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "cluster/local.sh"
@@ -53,8 +55,19 @@ def processes_naming(text: str) -> list[str]:
     return found
 
 
+def submitted(job: str, tmp_path: Path) -> str:
+    """What the job printed."""
+    ray = ROOT / ".venv/bin/ray"
+    command = f"source {tmp_path / 'cluster/env'} && {ray} job submit --working-dir . -- python -m {job}"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.mark.e2e
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_two_nodes_take_a_job_with_the_token_and_go_without_a_trace(tmp_path: Path) -> None:
     ports = {"DASHBOARD_PORT": str(free_port()), "GCS_PORT": str(free_port())}
     environment = {**os.environ, **ports, "CLUSTER_DIR": str(tmp_path / "cluster"), "NODES": "2", "CPUS": "1"}
@@ -70,16 +83,15 @@ def test_two_nodes_take_a_job_with_the_token_and_go_without_a_trace(tmp_path: Pa
         assert stat.S_IMODE((tmp_path / "cluster/token").stat().st_mode) == 0o600
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(f"http://127.0.0.1:{ports['DASHBOARD_PORT']}/api/jobs/", timeout=30)
-        job = f"python -m jobs.prepare simulate --out {tmp_path / 'data'} source.events=2000 buckets=2"
-        submit = (
-            f"source {tmp_path / 'cluster/env'} && {ROOT}/.venv/bin/ray job submit --working-dir . -- {job}"
-        )
-        done = subprocess.run(
-            ["bash", "-c", submit], cwd=ROOT, capture_output=True, text=True, timeout=400, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "2,000 rows read" in done.stdout
-        assert Prepared.open(tmp_path / "data").shards("ranking/train").total_rows > 0
+        data, settings = tmp_path / "data", "num_workers=2 epochs=1 refit=false model.hidden=[8]"
+        said = submitted(f"jobs.prepare simulate --out {data} source.events=2000 buckets=2", tmp_path)
+        assert "2,000 rows read" in said
+        # a node has one CPU, so the two workers are on two nodes
+        said = submitted(f"jobs.train wide_deep data={data} {settings} --out {tmp_path / 'train'}", tmp_path)
+        [checkpoint] = re.findall(r"checkpoint: (\S+)", said)
+        _, manifest = load_for_inference(Path(checkpoint))
+        rows = Prepared.open(data).shards("ranking/train").total_rows
+        assert manifest.workers == 2 and manifest.history[0]["trained_rows"] == rows
         temp = f"recsys-{os.getuid()}-{ports['GCS_PORT']}"
         assert processes_naming(temp), "the check below can see them"
     finally:

@@ -5,6 +5,7 @@ is read only after its sha256 was checked.
 """
 
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -32,6 +33,8 @@ from recsys_dist.index import Index, Ivf
 from recsys_dist.manifest import CARD, GOLDEN, Manifest
 from recsys_dist.models.protocol import Catalogue, Task, model_module
 from recsys_dist.schema import Schema
+
+log = logging.getLogger(__name__)
 
 _UNFINISHED = ".unfinished"
 _ITEM_VECTORS = "item_vectors"
@@ -123,7 +126,7 @@ class Bundle:
         """Write `root`/<version> in full, or not at all, and return it as `open` would.
 
         It is opened before it gets its name, and answers `golden`'s requests. The same content again
-        leaves what is there. Raises BundleError where the parts do not agree.
+        leaves what is there, unless that is damaged. Raises BundleError where the parts do not agree.
         """
         with sole_writer(root), naming(root):
             for stale in root.glob(f".*{_UNFINISHED}"):  # of a process that was killed
@@ -140,7 +143,11 @@ class Bundle:
         facts = self.manifest.sealed(manifest.entries(fresh))
         path = root / facts.version
         if path.exists():
-            return type(self).open(path)
+            try:
+                return type(self).open(path)
+            except BundleError as error:
+                log.warning("%s; writing it anew", error)
+                shutil.rmtree(path)
         facts.save(fresh)
         opened = type(self).open(fresh)
         answers = golden(opened) if golden else self.golden

@@ -78,7 +78,8 @@ def save(
 ) -> Checkpoint:
     """Write a checkpoint into a fresh directory below `root`. Collective; all workers see one file system.
 
-    Raises CheckpointError where it cannot be written, as on a full disk; older checkpoints stay as they were.
+    Raises CheckpointError, on all workers alike, where it cannot be written, as on a full disk; older
+    checkpoints stay as they were.
     """
     path = root / workers.agree(f"epoch-{manifest.epoch:04d}-{uuid.uuid4().hex[:8]}")
     state = {**_live_state(sharded), "catalogue.positives": catalogue.positives}
@@ -92,10 +93,16 @@ def save(
         entries |= theirs
     placed = {"files": entries, "plan": sharded.plan(), "workers": workers.size}
     manifest = Manifest.parse({**manifest.model_dump(), **placed})
+    refused = None
     if workers.rank == 0:
-        with _removing_torn(path):
-            write_text(manifest.model_dump_json(indent=1), path / MANIFEST)
-    workers.gather(None)  # committed for all, or for none
+        try:
+            with _removing_torn(path):
+                write_text(manifest.model_dump_json(indent=1), path / MANIFEST)
+        except CheckpointError as error:
+            refused = error
+    refused = workers.agree(refused)  # committed for all, or for none
+    if refused is not None:
+        raise refused
     return Checkpoint(path, manifest)
 
 

@@ -22,7 +22,7 @@ from recsys_dist.data.collate import collate, columns
 from recsys_dist.data.feed import Feed, Piece, deal, newest_rows, shuffled
 from recsys_dist.data.output import write_text
 from recsys_dist.data.prepared import Prepared
-from recsys_dist.errors import NonFiniteLossError, RecsysError
+from recsys_dist.errors import CheckpointError, NonFiniteLossError, RecsysError
 from recsys_dist.models.protocol import Catalogue, model_module
 from recsys_dist.train import checkpoint as checkpoints
 from recsys_dist.train.checkpoint import Checkpoint, Manifest
@@ -61,7 +61,9 @@ def train_worker(values: dict[str, Any]) -> None:
         text = json.dumps({"kind": type(error).__name__, "message": str(error)})
         (run / RESERVE).unlink(missing_ok=True)
         write_text(text, run / FAILURE)
-        raise
+        if not isinstance(error, NonFiniteLossError | CheckpointError):
+            raise  # the other workers may not know, and wait
+        # These are raised on all workers alike: all end here, and Ray Train starts none of them again.
 
 
 def best_epoch(history: list[dict[str, Any]], metric: str) -> int:

@@ -154,18 +154,22 @@ def test_a_torn_checkpoint_is_passed_over_by_name(root, damage, caplog):
     assert newest.name in caplog.text
 
 
-def save_without_room(rank: int, root: str) -> None:
+def save_without_room(rank: int, root: str, full_on: int, limit_bytes: int, said: str) -> None:
     sharded = sharded_model({})
     checkpoints.save(Path(root), sharded, catalogue(), manifest(1), Workers())
-    if rank == 1:  # as a full disk: no file of this process may grow beyond 1,000 bytes
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-    with pytest.raises(CheckpointError, match=r"epoch-0002.* cannot be written: File too large; make room"):
-        checkpoints.save(Path(root), sharded, catalogue(), manifest(2), Workers())
+    if rank == full_on:  # as a full disk: no file of this process may grow beyond the limit
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
+    long = manifest(2).model_copy(update={"history": [{"auc": 0.5}] * 4000})
+    with pytest.raises(CheckpointError, match=f"{said}' cannot be written: File too large; make room"):
+        checkpoints.save(Path(root), sharded, catalogue(), long, Workers())
 
 
 @pytest.mark.ranks
-def test_a_checkpoint_that_finds_no_room_leaves_the_last_one(tmp_path):
-    run_ranks(2, save_without_room, str(tmp_path))
+@pytest.mark.parametrize(
+    ("full_on", "limit_bytes", "said"), [(1, 1000, "epoch-0002-[0-9a-f]+"), (0, 60_000, "manifest.json")]
+)
+def test_a_checkpoint_that_finds_no_room_leaves_the_last_one(tmp_path, full_on, limit_bytes, said):
+    run_ranks(2, save_without_room, str(tmp_path), full_on, limit_bytes, said)
     [left] = tmp_path.iterdir()
     assert verify(left).epoch == 1
 

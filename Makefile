@@ -6,6 +6,7 @@ endif
 PYTHON ?= python3
 OUT ?= runs/quickstart
 PORT ?= 5000
+SERVE_PORT ?= 8000
 kind := $(if $(CUDA),--kind $(if $(filter 1,$(CUDA)),cuda,cpu))
 py := .venv/bin/python
 
@@ -13,10 +14,11 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format mlflow clean
+.PHONY: help install demo serve test lint format mlflow clean
 
 help:  ## list the targets
 	@echo "make demo [DATA=path] [OUT=$(OUT)]   logs to trained, evaluated, tracked models (simulated logs without DATA)"
+	@echo "make serve [OUT=$(OUT)]    recommendations over HTTP from a demo's models, on port SERVE_PORT=$(SERVE_PORT)"
 	@echo "make test                  all tests and linters"
 	@echo "make lint                  ruff and mypy only"
 	@echo "make format                let ruff format the code"
@@ -33,6 +35,9 @@ install:
 
 demo: install
 	$(py) -m jobs.quickstart --out "$(OUT)" $(if $(DATA),--data "$(DATA)")
+
+serve: install
+	$(py) -m jobs.serve --out "$(OUT)" --port $(SERVE_PORT)
 
 test: lint
 	$(py) -m pytest

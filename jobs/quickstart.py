@@ -1,4 +1,4 @@
-"""The main job, from a behaviour log to two trained, evaluated, tracked models and a report.
+"""The main job, from a behaviour log to two trained, evaluated, tracked models, served, and a report.
 
 examples:
   python -m jobs.quickstart                                     (simulates a log)
@@ -17,16 +17,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import ray
+
+from jobs import export as export_job
 from jobs import prepare as prepare_job
-from jobs import recipes, tracked
+from jobs import recipes, showcase, tracked
 from jobs.command import reported
 from recsys_dist import report, session, tracking
+from recsys_dist.bundle import Bundle
 from recsys_dist.data.output import write_text
 from recsys_dist.data.pipeline import PrepareConfig, prepare
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.data.sources.protocol import source_for
+from recsys_dist.errors import RegistryError
 from recsys_dist.evaluate import EvaluateConfig
+from recsys_dist.models.protocol import Task
+from recsys_dist.registry import CHAMPION, Registry, RegistryConfig
 from recsys_dist.report import Ledger, Story
+
+REQUESTS = 200  # whose latency the report tells
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -39,6 +48,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", default="runs/quickstart", help="directory for everything that is made")
     parser.add_argument("--workers", type=int, default=2, help="training workers")
     parser.add_argument("--tracking-uri", help="MLflow server; default: an SQLite file below --out")
+    parser.add_argument(
+        "--no-serving", action="store_true", help="end with the bundle; do not start the service"
+    )
     return parser.parse_args(argv)
 
 
@@ -48,22 +60,49 @@ def main(argv: list[str]) -> None:
     clock = Clock()
     tracking.deliver_pending(out)
     session.connect()
-    with clock.stage("prepare", "1/3  preparing the log"):
+    with clock.stage("prepare", "1/5  preparing the log"):
         prepared = prepare(PrepareConfig(source=source_for(args.data)), out / "data")
         print(prepare_job.summary(prepared))
     outcomes = {}
     for number, (task, recipe) in enumerate({"recall": "youtubednn", "ranking": "wide_deep"}.items(), 2):
-        with clock.stage(task, f"{number}/3  training and evaluating {recipe} ({task})"):
+        with clock.stage(task, f"{number}/5  training and evaluating {recipe} ({task})"):
             cfg = recipes.named(recipe, {"data": str(prepared.path), "num_workers": args.workers})
             settings = tracking.TrackingConfig(uri=args.tracking_uri)
             outcomes[task] = tracked.run(cfg, out, settings, EvaluateConfig())
             print(_trained(outcomes[task]))
-    result = summarise(prepared, outcomes, clock.seconds)
+    with clock.stage("export", "4/5  exporting both models as one bundle"):
+        bundle, champion = exported(prepared, outcomes, out, args.tracking_uri)
+    serving = None
+    if not args.no_serving:
+        with clock.stage("serve", "5/5  serving it, and asking for recommendations"):
+            ray.shutdown()  # the service has a cluster of its own
+            follow = (
+                ["--out", str(out)] if champion and not args.tracking_uri else ["--bundle", str(bundle.path)]
+            )
+            with showcase.service([*follow, "--state", str(out / "serving")]) as port:
+                serving = showcase.show(bundle, port, REQUESTS)
+    result = summarise(prepared, outcomes, clock.seconds) | ({"serving": serving} if serving else {})
     write_text(json.dumps(result, indent=1), out / "report.json")
     story = tell(prepared, outcomes, result, out)
     report.write(result, story, out / "report.html")
     print("\n" + "\n".join(story.summary))
     print("\nNext:\n" + "\n".join(f"  {what}: {command}" for what, command in story.next_steps))
+
+
+def exported(
+    prepared: Prepared, outcomes: dict[str, tracked.Outcome], out: Path, tracking_uri: str | None
+) -> tuple[Bundle, bool]:
+    """The bundle, and whether it is the registry's champion now."""
+    checkpoints: dict[Task, Path] = {task: outcomes[task].fitted.checkpoint for task in export_job.TASKS}
+    cfg = export_job.ExportConfig()
+    registry = Registry(RegistryConfig(uri=tracking_uri or f"sqlite:///{out.absolute() / 'mlflow.db'}"))
+    try:
+        bundle, published = export_job.run(cfg, prepared, checkpoints, out, registry)
+    except RegistryError as error:  # it may be away; the bundle is here all the same
+        print(f"not registered: {error}")
+        bundle, published = export_job.run(cfg, prepared, checkpoints, out, None)
+    print(export_job.summary(bundle, published, out))
+    return bundle, published is not None and CHAMPION in published.entry.aliases
 
 
 class Clock:
@@ -129,6 +168,7 @@ def tell(
         _data_sentence(prepared),
         *_ranking_sentences(result["ranking"]),
         *_recall_sentences(result["recall"]),
+        *_serving_sentences(result.get("serving")),
     ]
     waiting = sum(outcome.delivery.waiting_records for outcome in outcomes.values())
     if waiting:
@@ -138,6 +178,7 @@ def tell(
         )
     next_steps = [
         ("the report, with plots", str(out / "report.html")),
+        ("the service, until Ctrl-C", f"make serve OUT={out}"),
         ("every run, curve and setting, in MLflow", f"make mlflow OUT={out}"),
         (
             "another model or setting",
@@ -186,6 +227,14 @@ def _recall_sentences(recall: dict[str, Any]) -> Iterator[str]:
         f"Recall: {recall['model']} finds {recall[cut]:.1%} of what users went on to want among "
         f"{cut.removeprefix('recall@')} candidates; it {' and '.join(verdicts)}."
     )
+
+
+def _serving_sentences(serving: dict[str, Any] | None) -> Iterator[str]:
+    if serving is not None:
+        yield (
+            f"Serving: {serving['requests']} requests over HTTP, one at a time, {serving['errors']} errors; "
+            f"half were answered within {serving['p50_ms']:.0f} ms, 99% within {serving['p99_ms']:.0f} ms."
+        )
 
 
 def _trained(outcome: tracked.Outcome) -> str:

@@ -150,7 +150,9 @@ def main(argv: list[str]) -> None:
     with tracking.open_run(TrackingConfig(uri=args.tracking_uri), out, folder.name) as live:
         live.record.config(cfg.model_dump(mode="json"))
         live.record.data(prepared.path.name, prepared.manifest.data_digest, str(prepared.path))
-        ledger = sweep(cfg, out, Told(cfg, live))
+        told = Told(cfg, live)
+        ledger = sweep(cfg, out, told)
+        told.bar.close()
         found = summary.result(cfg, space, ledger)
         files = write(cfg, space, ledger, found, folder)
         for file in files:

@@ -17,7 +17,7 @@ DOORS = {  # dependency: the only modules that may name it
     "ray.data": ("recsys_dist.data.pipeline", "recsys_dist.data.feed"),
     "ray.tune": ("recsys_dist.tune.sweep",),
     "optuna": ("recsys_dist.tune.space",),
-    "ray.serve": ("recsys_dist.serve.app",),
+    "ray.serve": ("recsys_dist.serve.app", "recsys_dist.serve.deployments"),
     "mlflow": ("recsys_dist.delivery", "recsys_dist.registry"),
     "faiss": ("recsys_dist.index",),
     "torchrec.distributed": ("recsys_dist.train.sharding",),

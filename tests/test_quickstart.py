@@ -21,6 +21,9 @@ columns: {user_id: uid, item_id: sku, timestamp: ts, labels: {click: clicked}, c
 """
 
 
+STAGES = {"prepare", "recall", "ranking", "export", "serve"}
+
+
 def own_log(directory: Path) -> None:
     log = events(6000, days=10)
     ours = log.filter(pa.array(~np.asarray(log["history"]))).select(
@@ -34,7 +37,7 @@ def own_log(directory: Path) -> None:
     (directory / "log.yaml").write_text(LOG)
 
 
-def quickstart(data: Path, out: Path) -> str:
+def quickstart(data: Path, out: Path, *options: str) -> str:
     command = [
         sys.executable,
         "-m",
@@ -45,6 +48,7 @@ def quickstart(data: Path, out: Path) -> str:
         str(out),
         "--workers",
         "1",
+        *options,
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -81,14 +85,18 @@ def test_from_ones_own_log_to_a_report(tmp_path: Path) -> None:
         pq.read_metadata(f).num_rows for f in (tmp_path / "out/data/ranking/test").glob("*.parquet")
     )
     assert set(report["recall"]["popularity"]) >= {"recall@50", "recall@100", "recall@200"}
-    assert report["peak_rss_bytes"] > 0 and set(report["seconds"]) == {"prepare", "recall", "ranking"}
+    assert report["peak_rss_bytes"] > 0 and set(report["seconds"]) == STAGES
     assert "<svg" in (tmp_path / "out/report.html").read_text()
     with sqlite3.connect(tmp_path / "out/mlflow.db") as store:
         runs = store.execute("select run_uuid, status from runs").fetchall()
         keys = {row[0] for row in store.execute("select distinct key from metrics")}
-    assert {run for run, _ in runs} == set(report["mlflow"]["run_ids"].values())
+    assert {run for run, _ in runs} >= set(report["mlflow"]["run_ids"].values())
+    serving = report["serving"]
+    assert serving["requests"] > 0 and serving["errors"] == 0 and 0 < serving["p50_ms"] <= serving["p99_ms"]
+    assert (tmp_path / "out/bundles" / serving["bundle"] / "manifest.json").is_file()
+    assert "recommended:" in said and "@champion" in said
     assert {"choose/loss", "test/model/auc"} <= keys
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "out/models").rglob("*.distcp")}
     assert before, "no checkpoint was written"
-    quickstart(tmp_path / "log", tmp_path / "out")
+    quickstart(tmp_path / "log", tmp_path / "out", "--no-serving")
     assert before == {f: f.stat().st_mtime_ns for f in (tmp_path / "out/models").rglob("*.distcp")}

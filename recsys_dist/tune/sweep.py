@@ -109,7 +109,11 @@ class _Jobs(Searcher):
         self.running[trial_id] = job
         values = self.ledger.trials[job.trial]
         self.listener.started(job.trial, values)
-        fixed = {"newest_fraction": self.cfg.rungs[job.rung], "refit": False}
+        fixed = {
+            "data": str(Path(self.cfg.train.data).absolute()),
+            "newest_fraction": self.cfg.rungs[job.rung],
+            "refit": False,
+        }
         config = settings(self.cfg.train, {**values, **fixed})
         folder = self.ledger.file.parent / "trials" / f"{job.trial:03d}"
         return {
@@ -140,7 +144,7 @@ class _Jobs(Searcher):
     def _next(self) -> Job | None:
         running = set(self.running.values())
         job = next_job(self.ledger, self.cfg.plan, running)
-        if job is None and self.cfg.check and not running:
+        if job is None and self.cfg.check and all(job.check for job in running):
             return next_check(self.ledger, self.cfg.plan, running)
         return job
 

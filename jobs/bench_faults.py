@@ -19,13 +19,15 @@ from recsys_dist.errors import ServeError
 from recsys_dist.registry import Registry, RegistryConfig
 from recsys_dist.serve import golden
 
-LEAST_REQUESTS = 5_000
+LEAST_REQUESTS = 5_000  # of a measurement
 _POLL_S = 1.0
 _WAIT_S = 120.0
 _CLIENTS = 8
 
 
-def measure(bundle: Bundle, users: list[str], scratch: Path) -> dict[str, Any]:
+def measure(
+    bundle: Bundle, users: list[str], scratch: Path, least_requests: int = LEAST_REQUESTS
+) -> dict[str, Any]:
     """Answers by HTTP status and by bundle, and what each fault led to. Two replicas of everything."""
     uri = f"sqlite:///{scratch / 'registry.db'}"
     registry = Registry(RegistryConfig(uri=uri))
@@ -35,7 +37,8 @@ def measure(bundle: Bundle, users: list[str], scratch: Path) -> dict[str, Any]:
     ]
     arguments = ["--tracking-uri", uri, "--state", str(scratch / "state"), f"poll_s={_POLL_S}", *options]
     with service(arguments) as port:
-        return asyncio.run(_under_load(port, users, Faults(registry, bundle, scratch, port)))
+        faults = Faults(registry, bundle, scratch, port)
+        return asyncio.run(_under_load(port, users, faults, least_requests))
 
 
 class Faults:
@@ -107,12 +110,12 @@ class Faults:
             return found
 
 
-async def _under_load(port: int, users: list[str], faults: Faults) -> dict[str, Any]:
+async def _under_load(port: int, users: list[str], faults: Faults, least_requests: int) -> dict[str, Any]:
     statuses, bundles, degraded = Counter[str](), Counter[str](), Counter[str]()
     asked, done = itertools.cycle(users), asyncio.Event()
 
     async def client(session: aiohttp.ClientSession) -> None:
-        while not done.is_set() or statuses.total() < LEAST_REQUESTS:
+        while not done.is_set() or statuses.total() < least_requests:
             try:
                 body = {"user_id": next(asked)}
                 async with session.post(f"http://127.0.0.1:{port}/recommend", json=body) as response:

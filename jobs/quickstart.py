@@ -83,7 +83,8 @@ def main(argv: list[str]) -> None:
                 serving = showcase.show(bundle, port, REQUESTS)
     result = summarise(prepared, outcomes, clock.seconds) | ({"serving": serving} if serving else {})
     write_text(json.dumps(result, indent=1), out / "report.json")
-    story = tell(prepared, outcomes, result, out)
+    serve = f"make serve OUT={out}" if champion else f"python -m jobs.serve --bundle {bundle.path}"
+    story = tell(prepared, outcomes, result, out, serve)
     report.write(result, story, out / "report.html")
     print("\n" + "\n".join(story.summary))
     print("\nNext:\n" + "\n".join(f"  {what}: {command}" for what, command in story.next_steps))
@@ -160,7 +161,7 @@ def summarise(
 
 
 def tell(
-    prepared: Prepared, outcomes: dict[str, tracked.Outcome], result: dict[str, Any], out: Path
+    prepared: Prepared, outcomes: dict[str, tracked.Outcome], result: dict[str, Any], out: Path, serve: str
 ) -> Story:
     """What the run means, for people."""
     ledger = prepared.manifest.ledger
@@ -178,7 +179,7 @@ def tell(
         )
     next_steps = [
         ("the report, with plots", str(out / "report.html")),
-        ("the service, until Ctrl-C", f"make serve OUT={out}"),
+        ("the service, until Ctrl-C", serve),
         ("every run, curve and setting, in MLflow", f"make mlflow OUT={out}"),
         (
             "another model or setting",

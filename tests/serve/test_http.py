@@ -1,0 +1,134 @@
+"""The service over real HTTP, without Ray: what a client may send, and what it gets for anything else."""
+
+import json
+import socket
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+
+from recsys_dist.bundle import Bundle
+from recsys_dist.serve.guard import Limits
+from recsys_dist.serve.http import create_app
+from recsys_dist.serve.local import LocalService
+from recsys_dist.serve.state import EmbeddedState, canonical_schema
+
+
+@contextmanager
+def serving(bundle: Bundle, state: Path, **options: Any) -> Iterator[str]:
+    service = LocalService(bundle, EmbeddedState(state, canonical_schema(bundle)), budget_ms=60_000)
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listening:
+        server = uvicorn.Server(uvicorn.Config(create_app(service, **options), log_level="critical"))
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def url(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving(bundle, tmp_path_factory.mktemp("state"), limits=Limits(body_bytes=200_000)) as found:
+        yield found
+
+
+def call(url: str, body: bytes | dict[str, Any] | None = None, **headers: str) -> tuple[int, Any]:
+    data = json.dumps(body).encode() if isinstance(body, dict) else body
+    request = urllib.request.Request(url, data, {"content-type": "application/json", **headers})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def test_recommend_recall_rank_and_version(bundle: Bundle, url: str) -> None:
+    status, answer = call(f"{url}/recommend", {"user_id": "u1", "k": 3, "context": {"device": "tv"}})
+    assert status == 200 and len(answer["items"]) == 3 and answer["bundle"] == bundle.manifest.version
+    status, answer = call(f"{url}/recall", {"user_id": "u1", "k": 4, "include_seen": True})
+    assert status == 200 and all(item["recall_score"] is not None for item in answer["items"])
+    status, answer = call(f"{url}/rank", {"user_id": "u1", "items": ["i1", "i2"]})
+    assert status == 200 and {item["item_id"] for item in answer["items"]} == {"i1", "i2"}
+    assert call(f"{url}/version")[1]["models"] == {"recall": "youtubednn", "ranking": "wide_deep"}
+    assert call(f"{url}/healthz") == (200, {"status": "ok"})
+    assert "/recommend" in call(f"{url}/openapi.json")[1]["paths"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("recommend", b"{bad", "body"),
+        ("recommend", b'{"user_id": "u1", "k": NaN}', "k"),
+        ("recommend", b'{"user_id": "u1", "k": 201}', "k"),
+        ("recommend", b'{"user_id": "u1", "candidates": 10000}', "candidates"),
+        ("recommend", b'{"user_id": 7}', "user_id"),
+        ("recommend", b'{"user_id": ""}', "user_id"),
+        ("recommend", b'{"user_id": "\\ud800"}', "user_id"),
+        ("recommend", b'{"user_id": "u1", "secret": "do not repeat me"}', "secret"),
+        ("recommend", b'{"user_id": "u1", "context": {"device": [1]}}', "context.device"),
+        ("recommend", b'{"user_id": "u1", "timestamp": "2020-01-01T00:00:00Z"}', "timestamp"),
+        ("rank", b'{"user_id": "u1", "items": []}', "items"),
+        (
+            "events",
+            b'{"events": [{"user_id": "u1", "item_id": "i1", "labels": {"clik": 1}}]}',
+            "events.0.labels.clik",
+        ),
+        ("events", b'{"events": [{"user_id": "u1", "item_id": "i1", "labels": {"click": 3}}]}', "events.0"),
+        ("events", b'{"events": [{"user_id": " ", "item_id": "i1", "labels": {"click": 1}}]}', "events.0"),
+    ],
+)
+def test_a_wrong_request_names_the_field_and_repeats_nothing(
+    url: str, path: str, body: bytes, field: str
+) -> None:
+    status, answer = call(f"{url}/{path}", body)
+    assert status == 422
+    assert any(problem["field"].startswith(field) for problem in answer["detail"]), answer
+    assert "do not repeat me" not in json.dumps(answer)
+
+
+def test_a_body_that_is_too_large_is_not_parsed(url: str) -> None:
+    status, answer = call(f"{url}/recommend", b"[" * 300_000)
+    assert status == 413 and "200000 bytes" in answer["detail"]
+
+
+def test_too_many_items_to_rank_are_refused(url: str) -> None:
+    status, answer = call(f"{url}/rank", {"user_id": "u1", "items": ["i1"] * 10_000})
+    assert status == 422 and answer["detail"][0]["field"] == "items"
+
+
+def test_any_script_may_name_a_user(url: str) -> None:
+    status, answer = call(f"{url}/recommend", {"user_id": "ünï ✓ 用户", "k": 2})
+    assert status == 200 and answer["user_id"] == "ünï ✓ 用户" and len(answer["items"]) == 2
+
+
+def test_behaviour_counts_from_the_next_request_on(url: str) -> None:
+    asked = {"user_id": "newcomer", "k": 5}
+    _, before = call(f"{url}/recommend", asked)
+    first = before["items"][0]["item_id"]
+    event = {"user_id": "newcomer", "item_id": first, "labels": {"click": True}, "context": {"device": "tv"}}
+    assert call(f"{url}/events", {"events": [event]}) == (200, {"accepted": 1})
+    _, after = call(f"{url}/recommend", asked)
+    assert first not in [item["item_id"] for item in after["items"]]
+    assert "no_history" in before["degraded"] and "no_history" not in after["degraded"]
+
+
+def test_a_token_is_asked_of_all_but_probes(bundle: Bundle, tmp_path: Path) -> None:
+    with serving(bundle, tmp_path, token="s3cret") as url:
+        assert call(f"{url}/version")[0] == 401
+        assert call(f"{url}/version", authorization="Bearer wrong")[0] == 401
+        assert call(f"{url}/version", authorization="Bearer s3cret")[0] == 200
+        assert call(f"{url}/healthz")[0] == 200
+
+
+def test_too_many_at_once_are_told_to_come_back(bundle: Bundle, tmp_path: Path) -> None:
+    with serving(bundle, tmp_path, limits=Limits(ongoing=0)) as url:
+        request = urllib.request.Request(f"{url}/version")
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=60)
+        assert refused.value.code == 429 and refused.value.headers["retry-after"] == "1"

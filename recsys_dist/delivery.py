@@ -166,8 +166,9 @@ def prepare_mlflow(request_timeout_s: int) -> None:
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # the outbox is the retry
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     mlflow.telemetry.set_telemetry_client()  # type: ignore[no-untyped-call]
-    for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
+    for name in ("alembic", "mlflow.tracking"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # its errors come as exceptions too
 
 
 def short_reason(error: BaseException) -> str:

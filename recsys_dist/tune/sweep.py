@@ -84,6 +84,8 @@ def sweep(cfg: SweepConfig, out: str | Path, listener: Listener) -> Ledger:
     with sole_writer(directory):
         jobs = _Jobs(cfg, space, Ledger(directory / "trials.jsonl"), listener)
         if jobs.anything_left():
+            # Ray warns of many small processes, as a sweep's are, beyond four times this number
+            os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(2 * (os.cpu_count() or 1)))
             session.connect(dashboard=True)
             _run(jobs, cfg, directory)
         return jobs.ledger

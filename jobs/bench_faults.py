@@ -1,12 +1,14 @@
 """Requests that go on while a replica is killed, a champion swapped, a bad one refused, and rolled back."""
 
 import asyncio
+import contextlib
 import itertools
 import os
 import signal
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ def measure(
     """Answers by HTTP status and by bundle, and what each fault led to. Two replicas of everything."""
     uri = f"sqlite:///{scratch / 'registry.db'}"
     registry = Registry(RegistryConfig(uri=uri))
-    registry.publish(bundle.path)
+    _crowned(registry, bundle)
     options = [
         f"{stage}.{key}" for stage in ("service", "recall", "ranking") for key in ("replicas=2", "cpus=0.2")
     ]
@@ -64,22 +66,17 @@ class Faults:
         return found
 
     async def _kill(self, stage: str) -> str:
-        process = next(
-            p for p in _replicas() if p.name().endswith(f":{stage}") or stage in " ".join(p.cmdline())
-        )
-        os.kill(process.pid, signal.SIGKILL)
-        before = {p.pid for p in _replicas()}
-        await _until(
-            lambda: _true(len({p.pid for p in _replicas()} - before - {process.pid}) > 0), "its successor"
-        )
+        before = _replicas(stage)
+        os.kill(min(before), signal.SIGKILL)
+
+        async def replaced() -> bool:
+            return bool(_replicas(stage) - before)
+
+        await _until(replaced, f"a new replica of {stage}")
         return "replaced"
 
     def _crown(self, bundle: Bundle) -> Callable[[], None]:
-        def crown() -> None:
-            self._registry.publish(bundle.path)
-            self._registry.promote(bundle.manifest.version)
-
-        return crown
+        return partial(_crowned, self._registry, bundle)
 
     def _back(self) -> None:
         self._registry.rollback()
@@ -152,9 +149,20 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"  {fault}: {outcome}" for fault, outcome in found["faults"].items())])
 
 
-def _replicas() -> list[psutil.Process]:
-    """Processes of replicas that descend from this one."""
-    return [p for p in psutil.Process().children(recursive=True) if "ServeReplica" in " ".join(p.cmdline())]
+def _crowned(registry: Registry, bundle: Bundle) -> None:
+    registry.publish(bundle.path)
+    registry.promote(bundle.manifest.version)  # whatever its gates said
+
+
+def _replicas(of: str = "ServeReplica") -> set[int]:
+    """Process ids of replicas, of one deployment or all, that descend from this process."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile, or a zombie
+            title = " ".join(process.cmdline())
+            if "ServeReplica" in title and of in title:
+                found.add(process.pid)
+    return found
 
 
 def _tampered(bundle: Bundle) -> list[dict[str, Any]]:
@@ -162,10 +170,6 @@ def _tampered(bundle: Bundle) -> list[dict[str, Any]]:
     for item in cases[0]["answer"]:
         item["probability"] = 0.5 * (item["probability"] or 0)
     return cases
-
-
-async def _true(value: bool) -> bool:
-    return value
 
 
 async def _until(condition: Callable[[], Awaitable[bool]], what: str) -> None:

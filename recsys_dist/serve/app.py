@@ -63,6 +63,7 @@ def build(args: dict[str, Any]) -> Application:
 
 def run(cfg: ServiceConfig, host: str, port: int) -> str:
     """Start the service on the cluster that is connected, wait until it answers; the bundle's version."""
+    log.setLevel(logging.WARNING)
     serve.start(http_options={"host": host, "port": port, "request_timeout_s": _REQUEST_TIMEOUT_S})
     serve.run(build(cfg.model_dump(mode="json")), name=APP, route_prefix="/")
     pointer = Pointer.read(cfg.state)
@@ -122,14 +123,17 @@ class Watcher:
             try:
                 await self._look()
             except (RecsysError, RayError, RayServeException, TimeoutError) as error:
-                log.warning("watcher: %s", error)
+                log.error("watcher, will try again: %s", error)  # below errors, logs are buffered
             await asyncio.sleep(self._cfg.poll_s)
 
     async def _look(self) -> None:
         pointer = Pointer.read(self._cfg.state)
         assert pointer is not None, "build() writes it before anything is deployed"
         wanted = str(await asyncio.to_thread(resolve, self._cfg))
-        if wanted != pointer.path and wanted != self._refused:
+        if wanted == pointer.path:
+            if pointer.refused:  # what was refused is no longer wanted
+                Pointer(wanted).write(self._cfg.state)
+        elif wanted != self._refused:
             pointer = await self._try(wanted, pointer)
         if pointer.path != self._served:  # also after this actor was replaced in the middle of a switch
             await self._everywhere(self._service(), "take", pointer.path)
@@ -139,14 +143,20 @@ class Watcher:
             await asyncio.to_thread(self._state.write_log)
 
     async def _try(self, wanted: str, pointer: Pointer) -> Pointer:
-        """The pointer to go on with: at the new bundle where every replica has it, else at the old one."""
+        """The pointer to go on with: at the new bundle where every replica has it, else at the old one.
+
+        Only the bundle's own faults refuse it; a replica that died meanwhile is asked again.
+        """
         try:
             for handle in (*self._stages, self._service()):
                 await self._everywhere(handle, "load", wanted)
-        except (RecsysError, RayError, RayServeException, TimeoutError) as error:
+        except (RecsysError, RayTaskError) as error:
+            reason = error if isinstance(error, RecsysError) else error.cause
+            if not isinstance(reason, RecsysError):
+                raise
             self._refused = wanted
-            pointer = replace(pointer, refused=_reason(error))
-            log.warning("bundle refused, the old one stays: %s", pointer.refused)
+            pointer = replace(pointer, refused=str(reason).splitlines()[0])
+            log.error("bundle refused, the old one stays: %s", pointer.refused)
         else:
             pointer = Pointer(wanted)
         pointer.write(self._cfg.state)
@@ -165,9 +175,3 @@ class Watcher:
         write_parquet(bundle.items.attributes, directory / "items.parquet")
         write_text(log_yaml(bundle), directory / "log.yaml")
         self._state = EmbeddedState(directory, canonical_schema(bundle))
-
-
-def _reason(error: Exception) -> str:
-    """The error itself, without the remote traceback that Ray puts before it."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    return str(cause).splitlines()[0]

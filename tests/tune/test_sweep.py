@@ -28,7 +28,13 @@ optimizer.dense.lr: {choice: [0.01, 1.0e+30]}
 
 
 def arguments(folder: Path) -> list[str]:
-    settings = ["model.embedding_dim=8", "model.hidden=[8]", "optimizer.dense.lr=0.01", "batch_rows=64"]
+    settings = [
+        "model.embedding_dim=8",
+        "model.hidden=[8]",
+        "optimizer.dense.lr=0.01",
+        "batch_rows=64",
+        "max_failures=0",
+    ]
     options = ["--space", str(folder / "space.yaml"), "--out", str(folder / "out"), "--seed", "1"]
     ladder = ["--trials", "3", "--rungs", "[0.5, 1]", "--keep", "2", "--concurrent", "2"]
     return ["wide_deep", f"data={folder / 'data'}", "epochs=1", *settings, *options, *ladder]

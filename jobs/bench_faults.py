@@ -99,7 +99,7 @@ class Faults:
 
         await _until(refused, "the refusal")
         found = await self._version(session)
-        return f"refused ({found['refused'][:80]}...), still serves {found['bundle']}"
+        return f"refused, still serves {found['bundle']}: {found['refused']}"
 
     async def _version(self, session: aiohttp.ClientSession) -> dict[str, Any]:
         async with session.get(f"http://127.0.0.1:{self._port}/version") as response:

@@ -225,7 +225,7 @@ class ServiceReplica:
         answer: Answer = await self.recommend_batch(request)
         return self._told("recommend", answer)
 
-    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.001, max_concurrent_batches=4)
+    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.001, max_concurrent_batches=2)
     async def recommend_batch(self, requests: list[RecommendRequest]) -> list[Answer]:
         return await self._service.recommender.recommend(requests, self.cfg.budget_ms)
 

@@ -33,7 +33,7 @@ from recsys_dist.bundle import Bundle
 
 SERVERS = {
     "ours": [],
-    "ray_defaults": ["--ray-defaults", "batch_rows=1", "batch_wait_ms=0"],
+    "ray_defaults": ["--ray-defaults", "batch_rows=1", "concurrent_batches=1000"],
     "one_process": ["--no-ray"],
 }
 BUDGET = "budget_ms=10000"  # saturated, so that every request does the whole work

@@ -255,6 +255,15 @@ class Schema(Config):
         kept = [f.model_dump() for f in self.features if f.name in wanted]
         return type(self).parse({**self.model_dump(), "features": kept})
 
+    def of_side(self, item: bool) -> Self:
+        """The schema with the features of the item alone, or with those of user and context alone.
+
+        An item's id feature that a sequence lists stays with the sequence.
+        """
+        sides = {f.name: self.sides(f) for f in self.features}
+        chosen = {name for name, of in sides.items() if (of == {"item"} if item else "item" not in of)}
+        return self.select(chosen | {f.of for f in self.sequences if f.name in chosen})
+
     def fitted(self, rows: dict[str, int]) -> Self:
         """The schema with each id feature's table size filled in, `rows` keyed by table name."""
         filled = [

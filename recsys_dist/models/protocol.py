@@ -91,7 +91,10 @@ class FactoredRankModel(Protocol):
     """
 
     def parts(self, batch: Batch, of_item: bool) -> Parts:
-        """The user's and context's part of each row of `batch` [n], or with `of_item` the item's."""
+        """The user's and context's part of each row of `batch` [n], or with `of_item` the item's.
+
+        Of dense features `batch` has those of that side alone, as `Schema.of_side` selects them.
+        """
         ...
 
     def join(

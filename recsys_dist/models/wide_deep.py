@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
-from torchrec import EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
+from torchrec import EmbeddingBagConfig, JaggedTensor, KeyedJaggedTensor, PoolingType
 
 from recsys_dist.batch import Batch
 from recsys_dist.errors import ConfigError
@@ -73,8 +73,10 @@ class Model(nn.Module):
         )
         inputs = len(deep) * cfg.embedding_dim + len(schema.dense)
         self.tower = MLP(inputs, cfg.hidden, cfg.activation, cfg.dropout, out=1)
-        of_item = ["item" in schema.sides(feature) for feature in deep]
-        columns = np.repeat(of_item, cfg.embedding_dim)
+        self.of_item = {feature.name: "item" in schema.sides(feature) for feature in deep}
+        self.table_of = {feature.name: schema.table(feature) for feature in deep}
+        self.sequences = {feature.name for feature in schema.sequences}
+        columns = np.repeat(list(self.of_item.values()), cfg.embedding_dim)
         dense_columns = ["item" in schema.sides(feature) for feature in schema.dense]
         self.register_buffer(
             "item_inputs", torch.from_numpy(np.r_[columns, dense_columns].astype(bool)), persistent=False
@@ -103,15 +105,15 @@ class Model(nn.Module):
 
     def parts(self, batch: Batch, of_item: bool) -> Parts:
         """See FactoredRankModel; the wide features that depend on user and item both are left to `join`."""
-        found = self.tables(self._with_wide(batch.sparse)).to_dict()
+        found = batch.sparse.to_dict()
+        deep = [self._deep(name, found[name]) for name in self.deep_names if self.of_item[name] == of_item]
         first: Any = self.tower.layers[0]
-        chosen = self.item_inputs if of_item else ~self.item_inputs
-        inputs = torch.cat([*(found[name] for name in self.deep_names), batch.dense], dim=1)
-        hidden = inputs[:, chosen] @ first.weight[:, chosen].T
-        wide = [name for name, sides in self.wide_sides.items() if sides == {of_item}]
-        logit = sum(
-            (self._wide(name, batch.sparse[name].values()) for name in wide), hidden.new_zeros(batch.rows)
-        )
+        weight = first.weight[:, self.item_inputs if of_item else ~self.item_inputs]
+        hidden = torch.cat([*deep, batch.dense], dim=1) @ weight.T
+        logit = hidden.new_zeros(batch.rows)
+        for name, sides in self.wide_sides.items():
+            if sides == {of_item}:
+                logit = logit + self._wide(name, found[name].values())
         return Parts(hidden, logit)
 
     def join(
@@ -130,6 +132,13 @@ class Model(nn.Module):
             if len(sides) > 1:
                 logit = logit + self._wide(name, crosses[name])
         return logit
+
+    def _deep(self, name: str, ids: JaggedTensor) -> torch.Tensor:
+        """[n, D] embedding of a deep feature, of an unsharded model."""
+        table = self.tables.embedding_bags[self.table_of[name]].weight
+        if name in self.sequences:
+            return F.embedding_bag(ids.values(), table, ids.offsets(), mode="mean", include_last_offset=True)
+        return F.embedding(ids.values(), table)
 
     def _wide(self, name: str, ids: torch.Tensor) -> torch.Tensor:
         """[n] weights of a wide feature's ids, of an unsharded model."""

@@ -34,6 +34,7 @@ from recsys_dist.serve.api import (
     RecommendRequest,
     Version,
 )
+from recsys_dist.serve.batcher import Batcher
 from recsys_dist.serve.guard import Guard, Limits
 from recsys_dist.serve.http import create_app
 from recsys_dist.serve.local import LocalService
@@ -71,7 +72,7 @@ class ServiceConfig(Config):
     poll_s: float = Field(10.0, gt=0, description="how often the registry is asked for a new champion")
     budget_ms: float = Field(200.0, gt=0, description="time for an answer; what is not ready is left out")
     batch_rows: int = Field(16, ge=1, description="requests that travel between deployments in one call")
-    batch_wait_ms: float = Field(1.0, ge=0)
+    concurrent_batches: int = Field(2, ge=1, description="batches on their way at once; the rest gathers")
     ongoing: int = Field(256, ge=1, description="requests at once in a replica of the Service; more get 429")
     body_bytes: int = Field(1 << 20, ge=1024)
     token_file: str | None = Field(None, description="file with the bearer token that clients must send")
@@ -206,9 +207,7 @@ class ServiceReplica:
         self._bundles = Bundles(_checked(self._opened))
         self._telemetry = Telemetry()
         self._use(self._bundles.get(_served(self.cfg.state)))
-        batching: Any = self.recommend_batch
-        batching.set_max_batch_size(self.cfg.batch_rows)
-        batching.set_batch_wait_timeout_s(self.cfg.batch_wait_ms / 1000)
+        self._together = Batcher(self._recommended, self.cfg.batch_rows, self.cfg.concurrent_batches)
 
     def __serve_build_asgi_app__(self) -> Guard:
         return create_app(self, Limits(self.cfg.body_bytes, self.cfg.ongoing), self.cfg.token())
@@ -222,11 +221,9 @@ class ServiceReplica:
 
     async def recommend(self, request: RecommendRequest) -> Answer:
         self._service.recommender.check(request)
-        answer: Answer = await self.recommend_batch(request)
-        return self._told("recommend", answer)
+        return self._told("recommend", await self._together(request))
 
-    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.001, max_concurrent_batches=2)
-    async def recommend_batch(self, requests: list[RecommendRequest]) -> list[Answer]:
+    async def _recommended(self, requests: list[RecommendRequest]) -> list[Answer]:
         return await self._service.recommender.recommend(requests, self.cfg.budget_ms)
 
     async def recall(self, request: RecallRequest) -> Answer:

@@ -10,6 +10,7 @@ import torch
 from recsys_dist.bundle import Bundle, Served
 from recsys_dist.data.collate import collate
 from recsys_dist.models.protocol import FactoredRankModel, Parts
+from recsys_dist.schema import Schema
 from recsys_dist.serve.features import Features
 
 
@@ -20,13 +21,14 @@ class Rank:
     ranker: Served
     features: Features
     items: Parts | None
+    user_side: Schema
 
     @classmethod
     def of(cls, bundle: Bundle) -> Self:
         features = Features.of(bundle, bundle.ranking)
         model = bundle.ranking.model
         items = _parts(bundle.ranking, features) if isinstance(model, FactoredRankModel) else None
-        return cls(bundle.ranking, features, items)
+        return cls(bundle.ranking, features, items, bundle.ranking.schema.of_side(item=False))
 
     @torch.inference_mode()
     def probabilities(self, users: pa.Table, of: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -45,7 +47,7 @@ class Rank:
         """The same from parts: a user's is computed once for all her candidates."""
         model = self.ranker.model
         assert isinstance(model, FactoredRankModel) and self.items is not None
-        batch = collate(self.features.with_unknown_item(users), self.ranker.schema)
+        batch = collate(self.features.with_unknown_item(users), self.user_side)
         crosses = self.features.crosses(users, of, positions)
         return model.join(
             model.parts(batch, of_item=False),
@@ -60,5 +62,6 @@ class Rank:
 def _parts(ranker: Served, features: Features) -> Parts:
     model = ranker.model
     assert isinstance(model, FactoredRankModel)
-    blocks = [model.parts(collate(rows, ranker.schema), of_item=True) for rows in features.of_every_item()]
+    schema = ranker.schema.of_side(item=True)
+    blocks = [model.parts(collate(rows, schema), of_item=True) for rows in features.of_every_item()]
     return Parts(torch.cat([b.hidden for b in blocks]), torch.cat([b.logit for b in blocks]))

@@ -71,7 +71,7 @@ class ServiceConfig(Config):
     state: str = Field("runs/serving", description="directory for new events and all that replicas share")
     poll_s: float = Field(10.0, gt=0, description="how often the registry is asked for a new champion")
     budget_ms: float = Field(200.0, gt=0, description="time for an answer; what is not ready is left out")
-    batch_rows: int = Field(16, ge=1, description="requests that travel between deployments in one call")
+    batch_rows: int = Field(32, ge=1, description="requests that travel between deployments in one call")
     concurrent_batches: int = Field(2, ge=1, description="batches on their way at once; the rest gathers")
     ongoing: int = Field(256, ge=1, description="requests at once in a replica of the Service; more get 429")
     body_bytes: int = Field(1 << 20, ge=1024)

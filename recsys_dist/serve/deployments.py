@@ -46,7 +46,7 @@ from recsys_dist.serve.state import EmbeddedState, canonical_schema
 from recsys_dist.serve.telemetry import Telemetry
 
 T = TypeVar("T")
-_KEPT = 2  # bundles a replica holds: the current one, and the former for requests on their way
+_KEPT = 3  # bundles a replica holds: the current one, the former for requests on their way, one on trial
 
 
 class StageConfig(Config):
@@ -100,7 +100,7 @@ class ServiceConfig(Config):
 
 
 class Bundles(Generic[T]):
-    """The newest bundles of a replica, each as what `of` makes of it; loads every one once."""
+    """The bundles that a replica used last, each as what `of` makes of it; loads every one once."""
 
     def __init__(self, of: Callable[[Bundle], T]) -> None:
         self._of = of
@@ -109,21 +109,18 @@ class Bundles(Generic[T]):
 
     def get(self, path: str) -> T:
         """Blocks while it is loaded the first time; BundleError where it is not whole."""
-        found = self._held.get(path)
-        if found is not None:
-            return found
         with self._lock:
             if path not in self._held:
                 self._held[path] = self._of(Bundle.open(path))
-                while len(self._held) > _KEPT:
-                    self._held.popitem(last=False)
+            self._held.move_to_end(path)
+            while len(self._held) > _KEPT:
+                self._held.popitem(last=False)
             return self._held[path]
 
     async def ready(self, path: str) -> T:
         """The same without holding up the event loop."""
-        if path not in self._held:
-            await asyncio.to_thread(self.get, path)
-        return self._held[path]
+        found = self._held.get(path)
+        return await asyncio.to_thread(self.get, path) if found is None else found
 
 
 def _checked(of: Callable[[Bundle], T]) -> Callable[[Bundle], T]:

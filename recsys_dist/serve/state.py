@@ -103,7 +103,7 @@ class EmbeddedState:
         days = plain["date"].cast(pa.int32()).to_pylist()
         rows = plain.drop_columns(["timestamp", "date"]).to_pylist()
         values = [
-            (row["user_id"], at, json.dumps([at, day, *row.values()]))
+            (row["user_id"], at, json.dumps({"timestamp": at, "date": day, **row}))
             for row, at, day in zip(rows, us, days, strict=True)
         ]
         with self._writing() as db:
@@ -142,8 +142,7 @@ class EmbeddedState:
             self._db.execute("COMMIT")
 
     def _table(self, rows: list[tuple[str]]) -> pa.Table:
-        names = ["timestamp", "date", *(n for n in self.schema.names if n not in ("timestamp", "date"))]
-        fields = pa.schema([self.schema.field(name) for name in names])
-        raw = fields.set(0, pa.field("timestamp", pa.int64())).set(1, pa.field("date", pa.int32()))
-        parsed = [dict(zip(names, json.loads(event), strict=True)) for (event,) in rows]
-        return pa.Table.from_pylist(parsed, schema=raw).cast(fields).select(self.schema.names)
+        """Canonical events from JSON; a column that was not there when an event came is null."""
+        stored = {"timestamp": pa.int64(), "date": pa.int32()}
+        raw = pa.schema([(field.name, stored.get(field.name, field.type)) for field in self.schema])
+        return pa.Table.from_pylist([json.loads(event) for (event,) in rows], schema=raw).cast(self.schema)

@@ -49,6 +49,14 @@ def test_what_was_appended_is_read_by_others_and_after_a_restart(
     assert len(again.read(["u1", "nobody"])) == 2
 
 
+def test_a_bundle_with_other_columns_reads_the_same_events(bundle: Bundle, state: EmbeddedState) -> None:
+    state.append(rows(bundle, event("i1")))
+    fields = [field for field in state.schema if field.name != "device"]
+    other = EmbeddedState(state.directory, pa.schema([*fields, pa.field("page", pa.string())]))
+    [found] = other.read(["u1"]).to_pylist()
+    assert found["item_id"] == "i1" and found["page"] is None and "device" not in found
+
+
 def test_events_are_written_to_the_log_once_by_day(bundle: Bundle, state: EmbeddedState) -> None:
     state.append(rows(bundle, event("i1"), event("i2", "2024-03-21T10:00:00Z")))
     assert state.write_log() == 2 and state.write_log() == 0

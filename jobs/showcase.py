@@ -7,6 +7,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -30,16 +31,18 @@ def service(arguments: list[str]) -> Iterator[int]:
     """`jobs.serve` in a process of its own, on a free port, which is given; ended as Ctrl-C ends it."""
     port = free_port(8000)
     command = [sys.executable, "-m", "jobs.serve", *arguments, "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None and process.stderr is not None
-        while not (line := process.stdout.readline()).startswith("serving bundle"):
-            if not line:
-                raise ServeError(f"the service did not start: {process.stderr.read()[-2000:]}")
-        yield port
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(_END_TIMEOUT_S)
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        try:
+            assert process.stdout is not None
+            while not (line := process.stdout.readline()).startswith("serving bundle"):
+                if not line:
+                    errors.seek(0)
+                    raise ServeError(f"the service did not start: {errors.read()[-2000:]}")
+            yield port
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(_END_TIMEOUT_S)
 
 
 def show(bundle: Bundle, port: int, requests: int) -> dict[str, Any]:

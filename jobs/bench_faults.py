@@ -37,8 +37,8 @@ def measure(
     options = [
         f"{stage}.{key}" for stage in ("service", "recall", "ranking") for key in ("replicas=2", "cpus=0.2")
     ]
-    arguments = ["--tracking-uri", uri, "--state", str(scratch / "state"), f"poll_s={_POLL_S}", *options]
-    with service(arguments) as port:
+    arguments = ["--tracking-uri", uri, f"poll_s={_POLL_S}", *options]
+    with service(arguments, scratch / "state") as port:
         faults = Faults(registry, bundle, scratch, port)
         return asyncio.run(_under_load(port, users, faults, least_requests))
 

@@ -78,8 +78,7 @@ def measure(args: argparse.Namespace, users: list[str], scratch: Path) -> dict[s
     """Requests per second of each way of serving, and the latencies of ours at half of its own."""
     rates: dict[str, list[float]] = {}
     for name, options in SERVERS.items():
-        state = ["--bundle", args.bundle, "--state", str(scratch / name), BUDGET]
-        with service([*state, *options]) as port:
+        with service(["--bundle", args.bundle, BUDGET, *options], scratch / name) as port:
             asyncio.run(saturate(port, users, args.connections, 3.0))  # warms up
             runs = [
                 asyncio.run(saturate(port, users, args.connections, args.seconds))

@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
             follow = (
                 ["--out", str(out)] if champion and not args.tracking_uri else ["--bundle", str(bundle.path)]
             )
-            with showcase.service([*follow, "--state", str(out / "serving")]) as port:
+            with showcase.service(follow, out / "serving") as port:
                 serving = showcase.show(bundle, port, REQUESTS)
     result = summarise(prepared, outcomes, clock.seconds) | ({"serving": serving} if serving else {})
     write_text(json.dumps(result, indent=1), out / "report.json")

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,19 +22,21 @@ from recsys_dist.bundle import Bundle
 from recsys_dist.data.counts import is_positive
 from recsys_dist.errors import ServeError
 from recsys_dist.export import DISPLAY
-from recsys_dist.serve.environment import free_port
+from recsys_dist.serve.environment import fast, free_port
 
 _SHOWN_USERS, _SHOWN_ITEMS, _WATCHED = 3, 5, 4
 _END_TIMEOUT_S = 90
 
 
 @contextlib.contextmanager
-def service(arguments: list[str]) -> Iterator[int]:
+def service(arguments: list[str], state: Path) -> Iterator[int]:
     """`jobs.serve` in a process of its own, on a free port, which is given; ended as Ctrl-C ends it."""
     port = free_port(8000)
-    command = [sys.executable, "-m", "jobs.serve", *arguments, "--port", str(port)]
+    command = [sys.executable, "-m", "jobs.serve", *arguments, "--state", str(state), "--port", str(port)]
+    slow = {"--ray-defaults", "--no-ray"} & set(arguments)
+    settings = dict(os.environ) if slow else {**os.environ, **fast(state)}  # else it would begin twice
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=settings)
         try:
             assert process.stdout is not None
             while not (line := process.stdout.readline()).startswith("serving bundle"):

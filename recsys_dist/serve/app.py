@@ -20,7 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from recsys_dist import manifest
 from recsys_dist.bundle import Bundle
 from recsys_dist.data.output import write_parquet, write_text
-from recsys_dist.errors import RecsysError
+from recsys_dist.errors import RecsysError, RegistryError
 from recsys_dist.registry import Registry, RegistryConfig
 from recsys_dist.serve.deployments import (
     RankStage,
@@ -45,7 +45,9 @@ def build(args: dict[str, Any]) -> Application:
     Where the registry does not answer, the bundle that was served last is served again.
     """
     cfg = ServiceConfig.parse(args)
-    cfg = ServiceConfig.parse({**cfg.model_dump(), "state": str(Path(cfg.state).absolute())})
+    places = {"state": cfg.state, "bundle": cfg.bundle}  # replicas may run in other directories
+    absolute = {name: str(Path(place).absolute()) for name, place in places.items() if place is not None}
+    cfg = ServiceConfig.parse({**cfg.model_dump(), **absolute})
     try:
         Pointer(str(resolve(cfg))).write(cfg.state)
     except RecsysError as error:
@@ -96,8 +98,11 @@ def resolve(cfg: ServiceConfig) -> Path:
         assert cfg.bundle is not None
         manifest.verify(Path(cfg.bundle))
         return Path(cfg.bundle).absolute()
-    registry = Registry(RegistryConfig(uri=cfg.registry, model=cfg.model))
-    return registry.resolve(cfg.alias, Path(cfg.state) / "bundles")
+    return _registry(cfg.registry, cfg.model).resolve(cfg.alias, Path(cfg.state) / "bundles")
+
+
+def _registry(uri: str, model: str) -> Registry:
+    return Registry(RegistryConfig(uri=uri, model=model))
 
 
 class Watcher:
@@ -105,6 +110,7 @@ class Watcher:
 
     def __init__(self, cfg: dict[str, Any], recall: DeploymentHandle, ranking: DeploymentHandle) -> None:
         self._cfg = ServiceConfig.parse(cfg)
+        self._registry = _registry(self._cfg.registry, self._cfg.model) if self._cfg.registry else None
         self._stages = recall, ranking
         self._app = serve.get_replica_context().app_name
         self._served = self._refused = ""
@@ -129,7 +135,7 @@ class Watcher:
     async def _look(self) -> None:
         pointer = Pointer.read(self._cfg.state)
         assert pointer is not None, "build() writes it before anything is deployed"
-        wanted = str(await asyncio.to_thread(resolve, self._cfg))
+        wanted = await asyncio.to_thread(self._wanted, pointer.path)
         if wanted == pointer.path:
             if pointer.refused:  # what was refused is no longer wanted
                 Pointer(wanted).write(self._cfg.state)
@@ -141,6 +147,18 @@ class Watcher:
             self._served = pointer.path
         if self._state is not None:
             await asyncio.to_thread(self._state.write_log)
+
+    def _wanted(self, served: str) -> str:
+        """The bundle to serve; fetched and verified only where it is neither the served nor a refused one."""
+        if self._registry is None:
+            return served
+        try:
+            version = self._registry.current(self._cfg.alias)
+        except RegistryError as error:
+            log.error("watcher: the registry does not answer, so nothing changes: %s", error)
+            return served
+        known = [path for path in (served, self._refused) if Path(path).name == version]
+        return known[0] if known else str(resolve(self._cfg))
 
     async def _try(self, wanted: str, pointer: Pointer) -> Pointer:
         """The pointer to go on with: at the new bundle where every replica has it, else at the old one.

@@ -218,6 +218,8 @@ class ServiceReplica:
 
     async def recommend(self, request: RecommendRequest) -> Answer:
         self._service.recommender.check(request)
+        if request.budget_ms is not None:  # a batch has one deadline: nobody is to set it for others
+            return self._told("recommend", await self._service.recommend(request))
         return self._told("recommend", await self._together(request))
 
     async def _recommended(self, requests: list[RecommendRequest]) -> list[Answer]:

@@ -31,8 +31,8 @@ class Features:
         self.world = world
         self.schema = world.encoders.schema
         wanted = [feature for feature in self.schema.features if feature.name in read]
-        # crosses of the item's side with another: known only once both are
         self._frozen_us = (world.encoders.freeze_day + 1) * transforms.DAY_US  # in every time zone
+        # crosses of the item's side with another: known only once both are
         self._met = [f for f in self.schema.crosses if f in wanted and {"item"} < self.schema.sides(f)]
         self._of_item = [f.name for f in wanted if self.schema.sides(f) == {"item"}]
         self._of_user = [f.name for f in wanted if "item" not in self.schema.sides(f)]

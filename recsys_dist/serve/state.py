@@ -48,9 +48,7 @@ class BundleEvents:
 
     def __init__(self, bundle: Bundle) -> None:
         self._events = bundle.events.combine_chunks()
-        users = pc.value_counts(
-            self._events["user_id"].combine_chunks()
-        )  # in the order of the events: sorted
+        users = pc.value_counts(self._events["user_id"].combine_chunks())  # in their order: sorted
         self._users = Keys(users.field("values"))
         self._offsets = np.r_[0, np.cumsum(users.field("counts").to_numpy())]
         self._seen_users = Keys(bundle.seen["user_id"].combine_chunks())

@@ -18,6 +18,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def reported(main: Callable[[list[str]], None], argv: list[str]) -> int:
     """Run a job; a user's mistake or a full disk is one line on stderr and exit code 2, Ctrl-C is 130."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     _quiet()
     try:
         main(argv)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from recsys_dist import cpu
 from recsys_dist.batch import Batch
 from recsys_dist.data.collate import collate, columns
 from recsys_dist.data.feed import Feed, deal, shuffled
@@ -49,7 +50,7 @@ class BenchWorker:
 
     def join(self, rank: int, world: int, port: int, batch_rows: int, files: list[tuple[str, int]]) -> None:
         """Meet the others of the group."""
-        torch.set_num_threads(1)
+        cpu.configure(1)
         dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
         self.rows = exact_div(batch_rows, world, "--batch-rows", "workers")
         self.share = deal(files, columns(BENCH_SCHEMA), world)[rank]

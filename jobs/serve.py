@@ -20,11 +20,10 @@ import sys
 import threading
 from pathlib import Path
 
-import torch
 import uvicorn
 
 from jobs.command import reported, settings_help
-from recsys_dist import session
+from recsys_dist import cpu, session
 from recsys_dist.bundle import Bundle
 from recsys_dist.serve import environment, golden
 from recsys_dist.serve.app import resolve, run, stop
@@ -73,7 +72,7 @@ def parse(argv: list[str]) -> tuple[ServiceConfig, argparse.Namespace]:
 def _alone(cfg: ServiceConfig, args: argparse.Namespace) -> None:
     bundle = Bundle.open(resolve(cfg))
     golden.replay(bundle)
-    torch.set_num_threads(cfg.ranking.threads)
+    cpu.configure(cfg.ranking.threads)
     state = EmbeddedState(Path(cfg.state), canonical_schema(bundle))
     app = create_app(
         LocalService(bundle, state, budget_ms=cfg.budget_ms), Limits(cfg.body_bytes, cfg.ongoing), cfg.token()

@@ -126,7 +126,8 @@ class Model(nn.Module):
     ) -> torch.Tensor:
         """See FactoredRankModel: equal to `forward` but for rounding."""
         first: Any = self.tower.layers[0]
-        hidden = users.hidden[of] + items.hidden[at] + first.bias
+        hidden = items.hidden.index_select(0, at)
+        hidden += (users.hidden + first.bias).index_select(0, of)
         logit = self.tower.layers[1:](hidden).squeeze(1) + users.logit[of] + items.logit[at]
         for name, sides in self.wide_sides.items():
             if len(sides) > 1:

@@ -16,6 +16,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 
 from recsys_dist import manifest
 from recsys_dist.bundle import Bundle
@@ -86,6 +87,7 @@ def _deployment(cls: type, name: str, cfg: StageConfig) -> serve.Deployment:
         ray_actor_options={"num_cpus": cfg.cpus},
         max_ongoing_requests=cfg.ongoing,
         max_queued_requests=cfg.queued,
+        logging_config=LoggingConfig(enable_access_log=False),
         health_check_period_s=2,
         health_check_timeout_s=10,
     )(cls)

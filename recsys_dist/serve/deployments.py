@@ -14,13 +14,13 @@ from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import torch
 from pydantic import Field, model_validator
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from recsys_dist import cpu
 from recsys_dist.bundle import Bundle
 from recsys_dist.config import Config
 from recsys_dist.errors import ConfigError
@@ -137,7 +137,7 @@ class RecallStage:
     """User vectors and the nearest items, for a batch of requests."""
 
     def __init__(self, state: str, threads: int) -> None:
-        torch.set_num_threads(threads)
+        cpu.configure(threads)
         self._bundles = Bundles(_checked(Recall.of))
         self._bundles.get(_served(state))
 
@@ -155,7 +155,7 @@ class RankStage:
     """Probabilities of all candidates of a batch of requests."""
 
     def __init__(self, state: str, threads: int) -> None:
-        torch.set_num_threads(threads)
+        cpu.configure(threads)
         self._bundles = Bundles(_checked(Rank.of))
         self._bundles.get(_served(state))
 
@@ -198,7 +198,7 @@ class ServiceReplica:
     def __init__(
         self, cfg: dict[str, Any], recall: DeploymentHandle, ranking: DeploymentHandle, _: DeploymentHandle
     ) -> None:
-        torch.set_num_threads(1)
+        cpu.configure(1)
         self.cfg = ServiceConfig.parse(cfg)
         self._handles = recall, ranking
         self._bundles = Bundles(_checked(self._opened))

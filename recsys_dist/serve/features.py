@@ -89,8 +89,9 @@ class Features:
             yield self.rows(nobody, np.zeros(len(positions), np.int64), positions)
 
     def with_unknown_item(self, users: pa.Table) -> pa.Table:
-        """[R] rows for a user tower, which does not look at the item."""
-        return self.rows(users, np.arange(len(users)), np.zeros(len(users), np.int64))
+        """[R] rows for a user tower, which looks at the item as little as at what depends on both."""
+        unknown = {name: np.repeat(values[:1], len(users)) for name, values in self._catalogue.items()}
+        return pa.table({**{name: users[name] for name in users.column_names}, **unknown})
 
     @cached_property
     def _catalogue(self) -> dict[str, np.ndarray]:

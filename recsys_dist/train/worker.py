@@ -17,6 +17,7 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
+from recsys_dist import cpu
 from recsys_dist.config import rng_for
 from recsys_dist.data.collate import collate, columns
 from recsys_dist.data.feed import Feed, Piece, deal, newest_rows, shuffled
@@ -52,7 +53,7 @@ def train_worker(values: dict[str, Any]) -> None:
     cfg, run = TrainConfig.parse(values["config"]), Path(values["run"])
     if (run / FAILURE).exists():
         return  # Ray Train started the workers again; this is not a failure that trying again mends
-    torch.set_num_threads(cfg.threads_per_worker)
+    cpu.configure(cfg.threads_per_worker)
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

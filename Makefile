@@ -17,7 +17,8 @@ export RAY_USAGE_STATS_ENABLED := 0
 .PHONY: help install demo serve test lint format mlflow clean
 
 help:  ## list the targets
-	@echo "make demo [DATA=path] [OUT=$(OUT)]   logs to trained, evaluated, tracked models (simulated logs without DATA)"
+	@echo "make demo [DATA=path] [OUT=$(OUT)]   logs to trained, evaluated, tracked, served models (simulated logs without DATA)"
+	@echo "                           TUNE=20 searches the ranking model's settings first, in so many trials"
 	@echo "make serve [OUT=$(OUT)]    recommendations over HTTP from a demo's models, on port SERVE_PORT=$(SERVE_PORT)"
 	@echo "make test                  all tests and linters"
 	@echo "make lint                  ruff and mypy only"
@@ -34,7 +35,7 @@ install:
 	echo "error: no $(PYTHON) here; install Python 3.11, 3.12 or 3.13, or name it: make PYTHON=/path/to/python3.11"; exit 1
 
 demo: install
-	$(py) -m jobs.quickstart --out "$(OUT)" $(if $(DATA),--data "$(DATA)")
+	$(py) -m jobs.quickstart --out "$(OUT)" $(if $(DATA),--data "$(DATA)") $(if $(TUNE),--tune "$(TUNE)")
 
 serve: install
 	$(py) -m jobs.serve --out "$(OUT)" --port $(SERVE_PORT)

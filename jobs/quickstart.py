@@ -4,6 +4,7 @@ examples:
   python -m jobs.quickstart                                     (simulates a log)
   python -m jobs.quickstart --data path/to/KuaiRand-Pure        (a directory of a known data set)
   python -m jobs.quickstart --data my_log.yaml                  (your own logs: docs/own_logs.md)
+  python -m jobs.quickstart --tune 20                           (searches the ranking model's settings first)
 
 The same command again reuses what is unchanged and continues what was interrupted.
 """
@@ -22,6 +23,7 @@ import ray
 from jobs import export as export_job
 from jobs import prepare as prepare_job
 from jobs import recipes, showcase, tracked
+from jobs import tune as tune_job
 from jobs.command import reported
 from recsys_dist import report, session, tracking
 from recsys_dist.bundle import Bundle
@@ -34,7 +36,10 @@ from recsys_dist.evaluate import EvaluateConfig
 from recsys_dist.models.protocol import Task
 from recsys_dist.registry import CHAMPION, Registry, RegistryConfig
 from recsys_dist.report import Ledger, Story
+from recsys_dist.train.settings import TrainConfig
+from recsys_dist.tune.sweep import SweepConfig
 
+RECIPES: dict[Task, str] = {"recall": "youtubednn", "ranking": "wide_deep"}
 REQUESTS = 200  # whose latency the report tells
 
 
@@ -47,6 +52,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", default="simulate", help="logs to use; default: simulate some")
     parser.add_argument("--out", default="runs/quickstart", help="directory for everything that is made")
     parser.add_argument("--workers", type=int, default=2, help="training workers")
+    parser.add_argument(
+        "--tune", type=int, metavar="TRIALS", help="search the ranking model's settings first"
+    )
     parser.add_argument("--tracking-uri", help="MLflow server; default: an SQLite file below --out")
     parser.add_argument(
         "--no-serving", action="store_true", help="end with the bundle; do not start the service"
@@ -57,31 +65,40 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = parse(argv)
     out = Path(args.out)
-    clock = Clock()
+    clock = Clock(5 - args.no_serving + bool(args.tune))
+    settings = tracking.TrackingConfig(uri=args.tracking_uri)
     tracking.deliver_pending(out)
-    session.connect()
-    with clock.stage("prepare", "1/5  preparing the log"):
+    session.connect(dashboard=bool(args.tune))
+    with clock.stage("prepare", "preparing the log"):
         prepared = prepare(PrepareConfig(source=source_for(args.data)), out / "data")
         print(prepare_job.summary(prepared))
-    outcomes = {}
-    for number, (task, recipe) in enumerate({"recall": "youtubednn", "ranking": "wide_deep"}.items(), 2):
-        with clock.stage(task, f"{number}/5  training and evaluating {recipe} ({task})"):
-            cfg = recipes.named(recipe, {"data": str(prepared.path), "num_workers": args.workers})
-            settings = tracking.TrackingConfig(uri=args.tracking_uri)
+    told = {"data": str(prepared.path), "num_workers": args.workers}
+    configs = {task: recipes.named(recipe, told) for task, recipe in RECIPES.items()}
+    tuned = None
+    if args.tune:
+        with clock.stage("tune", f"searching settings of {RECIPES['ranking']}"):
+            tuned = searched(configs["ranking"], args.tune, out, settings)
+            configs["ranking"] = tuned.best.model_copy(update={"num_workers": args.workers})
+            print(tune_job.told(tuned))
+    outcomes: dict[Task, tracked.Outcome] = {}
+    for task, cfg in configs.items():
+        with clock.stage(task, f"training and evaluating {cfg.model.name} ({task})"):
             outcomes[task] = tracked.run(cfg, out, settings, EvaluateConfig())
             print(_trained(outcomes[task]))
-    with clock.stage("export", "4/5  exporting both models as one bundle"):
+    with clock.stage("export", "exporting both models as one bundle"):
         bundle, champion = exported(prepared, outcomes, out, args.tracking_uri)
     serving = None
     if not args.no_serving:
-        with clock.stage("serve", "5/5  serving it, and asking for recommendations"):
+        with clock.stage("serve", "serving it, and asking for recommendations"):
             ray.shutdown()  # the service has a cluster of its own
             follow = (
                 ["--out", str(out)] if champion and not args.tracking_uri else ["--bundle", str(bundle.path)]
             )
             with showcase.service(follow, out / "serving") as port:
                 serving = showcase.show(bundle, port, REQUESTS)
-    result = summarise(prepared, outcomes, clock.seconds) | ({"serving": serving} if serving else {})
+    result = summarise(prepared, outcomes, clock.seconds)
+    result |= {"serving": serving} if serving else {}
+    result |= {"tune": tuned.figures} if tuned else {}
     write_text(json.dumps(result, indent=1), out / "report.json")
     serve = f"make serve OUT={out}" if champion else f"python -m jobs.serve --bundle {bundle.path}"
     story = tell(prepared, outcomes, result, out, serve)
@@ -90,8 +107,16 @@ def main(argv: list[str]) -> None:
     print("\nNext:\n" + "\n".join(f"  {what}: {command}" for what, command in story.next_steps))
 
 
+def searched(cfg: TrainConfig, trials: int, out: Path, settings: tracking.TrackingConfig) -> tune_job.Outcome:
+    """A sweep of one worker a trial, whose best settings the demo's workers then train."""
+    base = cfg.model_copy(update={"num_workers": 1})
+    space = recipes.SPACES[cfg.model.name]
+    sweep = SweepConfig.parse({"train": base.model_dump(mode="json"), "space": space, "trials": trials})
+    return tune_job.run(sweep, out, settings)
+
+
 def exported(
-    prepared: Prepared, outcomes: dict[str, tracked.Outcome], out: Path, tracking_uri: str | None
+    prepared: Prepared, outcomes: dict[Task, tracked.Outcome], out: Path, tracking_uri: str | None
 ) -> tuple[Bundle, bool]:
     """The bundle, and whether it is the registry's champion now."""
     checkpoints: dict[Task, Path] = {task: outcomes[task].fitted.checkpoint for task in export_job.TASKS}
@@ -107,24 +132,25 @@ def exported(
 
 
 class Clock:
-    """Seconds of each stage."""
+    """Seconds of each of so many stages."""
 
-    def __init__(self) -> None:
+    def __init__(self, stages: int) -> None:
+        self.stages = stages
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def stage(self, name: str, title: str) -> Iterator[None]:
-        print(f"\n== {title}", flush=True)
+        print(f"\n== {len(self.seconds) + 1}/{self.stages}  {title}", flush=True)
         began = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - began, 2)
 
 
 def summarise(
-    prepared: Prepared, outcomes: dict[str, tracked.Outcome], seconds: dict[str, float]
+    prepared: Prepared, outcomes: dict[Task, tracked.Outcome], seconds: dict[str, float]
 ) -> dict[str, Any]:
     """report.json."""
-    ranking, recall = (outcomes[task].evaluation or {} for task in ("ranking", "recall"))
+    ranking, recall = outcomes["ranking"].evaluation or {}, outcomes["recall"].evaluation or {}
     keep = ("auc", "gauc", "logloss", "ece", "rows")
     scorers = [name for name in ("target_encoding", "popularity", "bayes") if name in ranking]
     cuts = [key for key in recall["model"]["unseen"] if key.startswith(("recall@", "ndcg@"))]
@@ -161,7 +187,7 @@ def summarise(
 
 
 def tell(
-    prepared: Prepared, outcomes: dict[str, tracked.Outcome], result: dict[str, Any], out: Path, serve: str
+    prepared: Prepared, outcomes: dict[Task, tracked.Outcome], result: dict[str, Any], out: Path, serve: str
 ) -> Story:
     """What the run means, for people."""
     ledger = prepared.manifest.ledger
@@ -169,6 +195,7 @@ def tell(
         _data_sentence(prepared),
         *_ranking_sentences(result["ranking"]),
         *_recall_sentences(result["recall"]),
+        *_tuning_sentences(result.get("tune")),
         *_serving_sentences(result.get("serving")),
     ]
     waiting = sum(outcome.delivery.waiting_records for outcome in outcomes.values())
@@ -228,6 +255,19 @@ def _recall_sentences(recall: dict[str, Any]) -> Iterator[str]:
         f"Recall: {recall['model']} finds {recall[cut]:.1%} of what users went on to want among "
         f"{cut.removeprefix('recall@')} candidates; it {' and '.join(verdicts)}."
     )
+
+
+def _tuning_sentences(tune: dict[str, Any] | None) -> Iterator[str]:
+    if tune is not None and tune["best"]["value"] is not None:
+        best, share = tune["best"], tune["compute"]["share"]
+        gain = (
+            "none beat the recipe's own settings"
+            if best["trial"] == 0
+            else f"the best reaches {best['value']:.4f}, the recipe's own {tune['first_trial_value']:.4f}"
+        )
+        cost = f", at {share:.0%} of the cost of training all in full" if share is not None else ""
+        by = f"by {tune['metric']} on the validation days"
+        yield f"Search: of {tune['trials']} settings, {by}, {gain}{cost}."
 
 
 def _serving_sentences(serving: dict[str, Any] | None) -> Iterator[str]:

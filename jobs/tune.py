@@ -26,6 +26,7 @@ Written to OUT/sweep-MODEL-…: best.yaml, sweep.json, plots/, trials.jsonl, and
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -139,15 +140,45 @@ class Told:
         self.live.record.metrics({**found, "swept_rows": spent["swept_rows"]}, step=len(ledger.results))
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """A finished sweep: `figures` are those of sweep.json in `folder`, beside best.yaml."""
+
+    figures: dict[str, Any]
+    folder: Path
+    table: str
+    delivery: tracking.Delivery
+    tracking_uri: str
+
+    @property
+    def best(self) -> TrainConfig:
+        """What `jobs.train --config` takes."""
+        return TrainConfig.parse(load_yaml(self.folder / "best.yaml"))
+
+
 def main(argv: list[str]) -> None:
     cfg, args = parse(argv)
     out = Path(args.out)
+    tracking.deliver_pending(out)
+    found = run(cfg, out, TrackingConfig(uri=args.tracking_uri))
+    if args.json:
+        write_text(json.dumps(found.figures, indent=1), Path(args.json))
+    print(told(found))
+    print(f"MLflow run {found.delivery.run_id or 'not yet delivered'} at {found.tracking_uri}")
+    print(f"train it in full: python -m jobs.train --config {found.folder / 'best.yaml'}")
+
+
+def told(found: Outcome) -> str:
+    return "\n".join([found.table, "", *summary.sentences(found.figures)])
+
+
+def run(cfg: SweepConfig, out: Path, tracked: TrackingConfig) -> Outcome:
+    """Sweep below `out`, from wherever it is, and tell MLflow."""
     prepared = Prepared.open(cfg.train.data)
     cfg.train.check(prepared)
     space = Space.parse(cfg.space, cfg.train, prepared)
     folder = cfg.directory(prepared, out)
-    tracking.deliver_pending(out)
-    with tracking.open_run(TrackingConfig(uri=args.tracking_uri), out, folder.name) as live:
+    with tracking.open_run(tracked, out, folder.name) as live:
         live.record.config(cfg.model_dump(mode="json"))
         live.record.data(prepared.path.name, prepared.manifest.data_digest, str(prepared.path))
         told = Told(cfg, live)
@@ -157,13 +188,7 @@ def main(argv: list[str]) -> None:
         files = write(cfg, space, ledger, found, folder)
         for file in files:
             live.record.artifact(file, "plots" if file.suffix == ".svg" else "")
-        delivery = live.close()
-    if args.json:
-        write_text(json.dumps(found, indent=1), Path(args.json))
-    print(summary.table(cfg, ledger))
-    print("\n" + "\n".join(summary.sentences(found)))
-    print(f"MLflow run {delivery.run_id or 'not yet delivered'} at {live.uri}")
-    print(f"train it in full: python -m jobs.train --config {folder / 'best.yaml'}")
+        return Outcome(found, folder, summary.table(cfg, ledger), live.close(), live.uri)
 
 
 def write(cfg: SweepConfig, space: Space, ledger: Ledger, found: dict[str, Any], folder: Path) -> list[Path]:

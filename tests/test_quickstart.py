@@ -21,7 +21,7 @@ columns: {user_id: uid, item_id: sku, timestamp: ts, labels: {click: clicked}, c
 """
 
 
-STAGES = {"prepare", "recall", "ranking", "export", "serve"}
+STAGES = {"prepare", "tune", "recall", "ranking", "export", "serve"}
 
 
 def own_log(directory: Path) -> None:
@@ -77,7 +77,7 @@ def test_from_ones_own_log_to_a_report(tmp_path: Path) -> None:
     assert refused.returncode == 2 and "1 of 2 files refused" in refused.stderr, refused.stderr
     assert "broken.parquet" in refused.stderr and "Traceback" not in refused.stderr
     (tmp_path / "log/events/broken.parquet").unlink()
-    said = quickstart(tmp_path / "log", tmp_path / "out")
+    said = quickstart(tmp_path / "log", tmp_path / "out", "--tune", "2")
     assert "target encoding" in said and "popularity" in said
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["ranking"]["label"] == "click" and 0 < report["ranking"]["auc"] < 1
@@ -91,6 +91,8 @@ def test_from_ones_own_log_to_a_report(tmp_path: Path) -> None:
         runs = store.execute("select run_uuid, status from runs").fetchall()
         keys = {row[0] for row in store.execute("select distinct key from metrics")}
     assert {run for run, _ in runs} >= set(report["mlflow"]["run_ids"].values())
+    assert report["tune"]["trials"] == 2 and report["tune"]["best"]["settings"]
+    assert "Search: of 2 settings" in said
     serving = report["serving"]
     assert serving["requests"] > 0 and serving["errors"] == 0 and 0 < serving["p50_ms"] <= serving["p99_ms"]
     assert (tmp_path / "out/bundles" / serving["bundle"] / "manifest.json").is_file()
@@ -98,5 +100,5 @@ def test_from_ones_own_log_to_a_report(tmp_path: Path) -> None:
     assert {"choose/loss", "test/model/auc"} <= keys
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "out/models").rglob("*.distcp")}
     assert before, "no checkpoint was written"
-    quickstart(tmp_path / "log", tmp_path / "out", "--no-serving")
+    quickstart(tmp_path / "log", tmp_path / "out", "--no-serving", "--tune", "2")
     assert before == {f: f.stat().st_mtime_ns for f in (tmp_path / "out/models").rglob("*.distcp")}

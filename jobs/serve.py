@@ -26,7 +26,7 @@ from jobs.command import reported, settings_help
 from recsys_dist import cpu, session
 from recsys_dist.bundle import Bundle
 from recsys_dist.serve import environment, golden
-from recsys_dist.serve.app import resolve, run, stop
+from recsys_dist.serve.app import build, resolve, run, stop
 from recsys_dist.serve.deployments import ServiceConfig
 from recsys_dist.serve.guard import Limits
 from recsys_dist.serve.http import create_app
@@ -91,13 +91,14 @@ def main(argv: list[str]) -> None:
     # read once, when Ray Serve is imported: begin anew with them
     if not args.ray_defaults and "RAY_SERVE_THROUGHPUT_OPTIMIZED" not in os.environ:
         os.execve(sys.executable, [sys.executable, "-m", "jobs.serve", *argv], {**os.environ, **wanted})
+    app = build(cfg.model_dump(mode="json"))  # first of all: what is wrong with a bundle needs no cluster
     metrics_port = args.metrics_port or environment.free_port(9200)
     session.connect(metrics_port=metrics_port)
     done = threading.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: done.set())
     try:
-        version = run(cfg, args.host, args.port)
+        version = run(app, cfg, args.host, args.port)
         print(f"serving bundle {version} at http://{args.host}:{args.port} (try it by hand: /docs)")
         print(f"metrics for Prometheus: http://127.0.0.1:{metrics_port}")
         if "RAY_SERVE_HAPROXY_STATS_PORT" in os.environ:

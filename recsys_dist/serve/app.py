@@ -64,11 +64,11 @@ def build(args: dict[str, Any]) -> Application:
     return service.bind(values, recall, ranking, watcher.bind(values, recall, ranking))
 
 
-def run(cfg: ServiceConfig, host: str, port: int) -> str:
-    """Start the service on the cluster that is connected, wait until it answers; the bundle's version."""
+def run(app: Application, cfg: ServiceConfig, host: str, port: int) -> str:
+    """Start what `build` made on the connected cluster, wait until it answers; the bundle's version."""
     log.setLevel(logging.WARNING)
     serve.start(http_options={"host": host, "port": port, "request_timeout_s": _REQUEST_TIMEOUT_S})
-    serve.run(build(cfg.model_dump(mode="json")), name=APP, route_prefix="/")
+    serve.run(app, name=APP, route_prefix="/")
     pointer = Pointer.read(cfg.state)
     assert pointer is not None
     return manifest.read(Path(pointer.path)).version

@@ -31,7 +31,7 @@ from recsys_dist.serve.deployments import ServiceConfig
 from recsys_dist.serve.guard import Limits
 from recsys_dist.serve.http import create_app
 from recsys_dist.serve.local import LocalService
-from recsys_dist.serve.state import EmbeddedState, canonical_schema
+from recsys_dist.serve.state import canonical_schema, check_state, open_state
 
 
 def parse(argv: list[str]) -> tuple[ServiceConfig, argparse.Namespace]:
@@ -73,7 +73,8 @@ def _alone(cfg: ServiceConfig, args: argparse.Namespace) -> None:
     bundle = Bundle.open(resolve(cfg))
     golden.replay(bundle)
     cpu.configure(cfg.ranking.threads)
-    state = EmbeddedState(Path(cfg.state), canonical_schema(bundle))
+    check_state(cfg.state_url, cfg.model)
+    state = open_state(Path(cfg.state), canonical_schema(bundle), cfg.state_url, cfg.model)
     app = create_app(
         LocalService(bundle, state, budget_ms=cfg.budget_ms), Limits(cfg.body_bytes, cfg.ongoing), cfg.token()
     )

@@ -10,6 +10,7 @@
     ├── CheckpointError    a checkpoint is torn, or was made for another schema
     ├── BundleError        an exported bundle is damaged, or its parts do not agree
     ├── RegistryError      the registry does not answer, or lacks what was asked for
+    ├── StateError         the users' state cannot be read or written
     └── ServeError         the service cannot be started
 
 A message names the thing, its value, the limit and the way out. What only a bug in this
@@ -55,6 +56,10 @@ class BundleError(RecsysError):
 
 class RegistryError(RecsysError):
     """The model registry cannot be reached, refuses, or does not have what was asked for."""
+
+
+class StateError(RecsysError):
+    """The users' state cannot be read or written: its server or its file does not answer."""
 
 
 class ServeError(RecsysError):

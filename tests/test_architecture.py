@@ -20,6 +20,7 @@ DOORS = {  # dependency: the only modules that may name it
     "ray.serve": ("recsys_dist.serve.app", "recsys_dist.serve.deployments"),
     "mlflow": ("recsys_dist.delivery", "recsys_dist.registry"),
     "faiss": ("recsys_dist.index",),
+    "redis": ("recsys_dist.serve.redis_state",),
     "torchrec.distributed": ("recsys_dist.train.sharding",),
 }
 NEITHER_RAY_NOR_MLFLOW = (

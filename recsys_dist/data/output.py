@@ -57,11 +57,16 @@ def write_text(text: str, path: Path) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-    folder = os.open(path.parent, os.O_RDONLY)  # a rename is an entry of its directory
+    sync(path.parent)  # a rename is an entry of its directory
+
+
+def sync(path: Path) -> None:
+    """On return a file's content, or a directory's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 @contextmanager

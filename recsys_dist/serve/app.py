@@ -21,7 +21,7 @@ from ray.serve.schema import LoggingConfig
 from recsys_dist import manifest
 from recsys_dist.bundle import Bundle
 from recsys_dist.data.output import write_parquet, write_text
-from recsys_dist.errors import RecsysError, RegistryError
+from recsys_dist.errors import RecsysError, RegistryError, StateError
 from recsys_dist.registry import Registry, RegistryConfig
 from recsys_dist.serve.deployments import (
     RankStage,
@@ -32,7 +32,7 @@ from recsys_dist.serve.deployments import (
 )
 from recsys_dist.serve.events import log_yaml
 from recsys_dist.serve.pointer import Pointer
-from recsys_dist.serve.state import EmbeddedState, canonical_schema
+from recsys_dist.serve.state import UserState, canonical_schema, check_state, open_state
 
 log = logging.getLogger("ray.serve")
 APP = "recsys"
@@ -55,6 +55,7 @@ def build(args: dict[str, Any]) -> Application:
         if Pointer.read(cfg.state) is None:
             raise
         log.warning("serving the bundle that was served last: %s", error)
+    check_state(cfg.state_url, cfg.model)
     recall = _deployment(RecallStage, "Recall", cfg.recall).bind(cfg.state, cfg.recall.threads)
     ranking = _deployment(RankStage, "Ranking", cfg.ranking).bind(cfg.state, cfg.ranking.threads)
     values = cfg.model_dump(mode="json")
@@ -116,7 +117,7 @@ class Watcher:
         self._stages = recall, ranking
         self._app = serve.get_replica_context().app_name
         self._served = self._refused = ""
-        self._state: EmbeddedState | None = None
+        self._state: UserState | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def check_health(self) -> None:
@@ -172,7 +173,7 @@ class Watcher:
                 await self._everywhere(handle, "load", wanted)
         except (RecsysError, RayTaskError) as error:
             reason = error if isinstance(error, RecsysError) else error.cause
-            if not isinstance(reason, RecsysError):
+            if not isinstance(reason, RecsysError) or isinstance(reason, StateError):
                 raise
             self._refused = wanted
             pointer = replace(pointer, refused=str(reason).splitlines()[0])
@@ -194,4 +195,5 @@ class Watcher:
         write_parquet(bundle.users.attributes, directory / "users.parquet")
         write_parquet(bundle.items.attributes, directory / "items.parquet")
         write_text(log_yaml(bundle), directory / "log.yaml")
-        self._state = EmbeddedState(directory, canonical_schema(bundle))
+        cfg = self._cfg
+        self._state = open_state(directory, canonical_schema(bundle), cfg.state_url, cfg.model)

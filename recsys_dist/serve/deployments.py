@@ -42,7 +42,7 @@ from recsys_dist.serve.pointer import Pointer
 from recsys_dist.serve.rank import Rank
 from recsys_dist.serve.recall import Recall
 from recsys_dist.serve.recommend import StageError
-from recsys_dist.serve.state import EmbeddedState, canonical_schema
+from recsys_dist.serve.state import canonical_schema, open_state
 from recsys_dist.serve.telemetry import Telemetry
 
 T = TypeVar("T")
@@ -69,6 +69,10 @@ class ServiceConfig(Config):
     model: str = Field("recsys_dist", description="name of the registered model")
     alias: str = "champion"
     state: str = Field("runs/serving", description="directory for new events and all that replicas share")
+    state_url: str | None = Field(
+        None,
+        description="redis://, rediss://, valkey:// or unix:// server of users' new events; none: `state`",
+    )
     poll_s: float = Field(10.0, gt=0, description="how often the registry is asked for a new champion")
     budget_ms: float = Field(200.0, gt=0, description="time for an answer; what is not ready is left out")
     batch_rows: int = Field(32, ge=1, description="requests that travel between deployments in one call")
@@ -239,7 +243,8 @@ class ServiceReplica:
         return self._service.version().model_copy(update={"refused": pointer and pointer.refused})
 
     def _opened(self, bundle: Bundle) -> LocalService:
-        state = EmbeddedState(Path(self.cfg.state), canonical_schema(bundle))
+        cfg = self.cfg
+        state = open_state(Path(cfg.state), canonical_schema(bundle), cfg.state_url, cfg.model)
         return LocalService(bundle, state, Remote(bundle, *self._handles), self.cfg.budget_ms)
 
     def _use(self, service: LocalService) -> None:

@@ -1,12 +1,14 @@
 """The service over HTTP: FastAPI routes, the same with Ray Serve and in a single process without Ray."""
 
 import json
+import logging
 from typing import Protocol
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 
 import recsys_dist
+from recsys_dist.errors import StateError
 from recsys_dist.serve.api import (
     Answer,
     EventsAnswer,
@@ -19,6 +21,8 @@ from recsys_dist.serve.api import (
     Version,
 )
 from recsys_dist.serve.guard import Guard, Limits
+
+log = logging.getLogger(__name__)
 
 
 class Service(Protocol):
@@ -40,6 +44,7 @@ def create_app(service: Service, limits: Limits | None = None, token: str | None
     app = FastAPI(title="recsys_dist", version=recsys_dist.__version__, description=__doc__)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(InvalidError, _refused)
+    app.add_exception_handler(StateError, _not_stored)
     _routes(app, service)
     return Guard(app, limits or Limits(), token)
 
@@ -94,3 +99,10 @@ async def _invalid(_: Request, error: Exception) -> Response:
 async def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, InvalidError)
     return Response(json.dumps({"detail": error.problems}), 422, media_type="application/json")
+
+
+async def _not_stored(_: Request, error: Exception) -> Response:
+    """Only /events gets here: answers do without a state that fails."""
+    log.error("events were refused: %s", error)
+    detail = "the users' state does not answer, so the events are not stored; send them again in a second"
+    return Response(json.dumps({"detail": detail}), 503, {"retry-after": "1"}, media_type="application/json")

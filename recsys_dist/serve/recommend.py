@@ -1,7 +1,7 @@
 """Recall → filter → rank, for several requests at once, within their time budget: always an answer.
 
 What fails or is late is left out and named in `degraded`: without ranking the order is recall's, without
-recall the candidates are the popular items, without a user's state she is one with no history.
+recall the candidates are the popular items, without the state users are as the bundle knows them.
 
 R requests, K items that recall hands on, C candidates of all requests
 """
@@ -19,6 +19,7 @@ import pyarrow as pa
 from recsys_dist.bundle import Bundle
 from recsys_dist.data import transforms
 from recsys_dist.data.logs import LogSpec
+from recsys_dist.errors import StateError
 from recsys_dist.serve.api import (
     Answer,
     Asked,
@@ -167,9 +168,13 @@ class Recommender:
         users = [a.user_id for a in asked]
         distinct = list(dict.fromkeys(users))
         past, seen = self._events.read(distinct), self._events.seen(users)
-        if self._state is not None:
-            past, seen = self._with_state(past, distinct, users, seen)
-        degraded = self._missing(asked, set(past["user_id"].to_pylist()))
+        failed = []
+        try:
+            if self._state is not None:
+                past, seen = self._with_state(past, distinct, users, seen)
+        except StateError:
+            failed = ["state_failed"]
+        degraded = [failed + more for more in self._missing(asked, set(past["user_id"].to_pylist()))]
         table = self.features.users(past, self._table(asked))
         work = Work(asked, began + min(budgets) / 1000, began, table, seen, degraded)
         work.ms["features"] = 1000 * (time.perf_counter() - began)

@@ -1,16 +1,18 @@
 """What users did lately: what the bundle knows of them, and what they have done since.
 
 `UserState` is all that serving asks for. `EmbeddedState` keeps new events in an SQLite file that all replicas
-of a machine share and that survives a restart; every event it takes is also written, day by day, to Parquet
-files with a `log.yaml`, which `jobs.prepare parquet` reads.
+of a machine share and that survives a restart; `redis_state.RedisState` keeps them in a server that several
+machines share. Every event is also written, day by day, to Parquet files with a `log.yaml`, which
+`jobs.prepare parquet` reads.
 """
 
-import json
+import importlib
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -20,14 +22,18 @@ import pyarrow.compute as pc
 from recsys_dist.bundle import Bundle
 from recsys_dist.data.keys import Keys
 from recsys_dist.data.logs import LogSpec
-from recsys_dist.data.output import naming, write_parquet
+from recsys_dist.data.output import naming
+from recsys_dist.errors import ConfigError, StateError
+from recsys_dist.serve.stored import NEWEST_EVENTS, decode, encode, write_days
 
-_NEWEST_EVENTS = 500  # of a user since the bundle was made: bounds a request's work
 _WAIT_S = 5.0  # for another process' write
 
 
 class UserState(Protocol):
-    """Events since the bundle was made; safe to use from several threads and processes."""
+    """Events since the bundle was made; safe to use from several threads and processes.
+
+    Every method raises StateError where the state does not answer.
+    """
 
     def read(self, users: Sequence[str]) -> pa.Table:
         """Canonical events of these users, in any order; columns as `append` got them."""
@@ -36,6 +42,40 @@ class UserState(Protocol):
     def append(self, events: pa.Table) -> None:
         """Keep canonical events; once this returns they survive a crash, and the next `read` has them."""
         ...
+
+    def write_log(self) -> int:
+        """Write the events since the last call to the log; returns how many. Each is written once.
+
+        What was killed in the middle is done again by the next call, over the same files.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_state(directory: Path, schema: pa.Schema, url: str | None, name: str) -> UserState:
+    """The state at `url`, below `name` there, or in `directory` without one; the log goes to `directory`.
+
+    schema  the canonical log's. Does not wait for a server: `check_state` does. ConfigError for a wrong URL.
+    """
+    return (
+        _redis_state().RedisState(directory, schema, url, name) if url else EmbeddedState(directory, schema)
+    )
+
+
+def check_state(url: str | None, name: str) -> None:
+    """StateError where the state's server does not answer or refuses writes; ConfigError for a wrong URL."""
+    if url:
+        _redis_state().check(url, name)
+
+
+def _redis_state() -> ModuleType:
+    try:
+        return importlib.import_module("recsys_dist.serve.redis_state")
+    except ModuleNotFoundError as error:
+        if error.name != "redis":
+            raise
+        raise ConfigError("state_url needs the redis client: pip install 'recsys-dist[redis]'") from None
 
 
 def canonical_schema(bundle: Bundle) -> pa.Schema:
@@ -76,10 +116,10 @@ class EmbeddedState:
         self._lock = threading.Lock()
         with naming(directory):
             directory.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(
-            directory / "state.db", timeout=_WAIT_S, check_same_thread=False, isolation_level=None
-        )
-        with self._lock:
+        with self._naming():
+            self._db = sqlite3.connect(
+                directory / "state.db", timeout=_WAIT_S, check_same_thread=False, isolation_level=None
+            )
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute(
@@ -91,36 +131,23 @@ class EmbeddedState:
 
     def read(self, users: Sequence[str]) -> pa.Table:
         query = "SELECT event FROM events WHERE user_id = ? ORDER BY timestamp DESC LIMIT ?"
-        with self._lock:
-            found = [row for user in users for row in self._db.execute(query, (user, _NEWEST_EVENTS))]
-        return self._table(found)
+        with self._lock, self._naming():
+            found = [row for user in users for row in self._db.execute(query, (user, NEWEST_EVENTS))]
+        return decode([event for (event,) in found], self.schema)
 
     def append(self, events: pa.Table) -> None:
-        plain = events.select(self.schema.names).cast(self.schema)
-        us = plain["timestamp"].cast(pa.int64()).to_pylist()
-        days = plain["date"].cast(pa.int32()).to_pylist()
-        rows = plain.drop_columns(["timestamp", "date"]).to_pylist()
-        values = [
-            (row["user_id"], at, json.dumps({"timestamp": at, "date": day, **row}))
-            for row, at, day in zip(rows, us, days, strict=True)
-        ]
+        values = encode(events, self.schema)
         with self._writing() as db:
             db.executemany("INSERT INTO events (user_id, timestamp, event) VALUES (?, ?, ?)", values)
 
     def write_log(self) -> int:
-        """Write the events since the last call to the log; returns how many. One process at a time does it.
-
-        A file is named by its first event, so a call that was killed is done again over the same files.
-        """
+        """The same; one process at a time does it."""
         with self._writing() as db:
             (done,) = db.execute("SELECT COALESCE(MAX(up_to), 0) FROM written").fetchone()
             found = db.execute("SELECT event, number FROM events WHERE number > ?", (done,)).fetchall()
             if not found:
                 return 0
-            table = self._table([(event,) for event, _ in found])
-            for day in pc.unique(table["date"]).to_pylist():
-                of_day = table.filter(pc.equal(table["date"], day)).drop_columns(["date"])
-                write_parquet(of_day, self.directory / f"events/date={day}/part-{done + 1:012d}.parquet")
+            write_days(decode([event for event, _ in found], self.schema), self.directory, f"{done + 1:012d}")
             db.execute("INSERT INTO written VALUES (?)", (found[-1][1],))
         return len(found)
 
@@ -130,7 +157,7 @@ class EmbeddedState:
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
+        with self._lock, self._naming():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
@@ -139,8 +166,12 @@ class EmbeddedState:
                 raise
             self._db.execute("COMMIT")
 
-    def _table(self, rows: list[tuple[str]]) -> pa.Table:
-        """Canonical events from JSON; a column that was not there when an event came is null."""
-        stored = {"timestamp": pa.int64(), "date": pa.int32()}
-        raw = pa.schema([(field.name, stored.get(field.name, field.type)) for field in self.schema])
-        return pa.Table.from_pylist([json.loads(event) for (event,) in rows], schema=raw).cast(self.schema)
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise StateError(
+                f"the users' state {str(self.directory / 'state.db')!r} cannot be used: {error}; make room, "
+                "mend the file, or name another directory as `state`"
+            ) from error

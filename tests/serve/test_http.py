@@ -17,19 +17,22 @@ from recsys_dist.bundle import Bundle
 from recsys_dist.serve.guard import Limits
 from recsys_dist.serve.http import create_app
 from recsys_dist.serve.local import LocalService
-from recsys_dist.serve.state import EmbeddedState, canonical_schema
+from recsys_dist.serve.state import canonical_schema, open_state
 
 
 @contextmanager
-def serving(bundle: Bundle, state: Path, **options: Any) -> Iterator[str]:
-    service = LocalService(bundle, EmbeddedState(state, canonical_schema(bundle)), budget_ms=60_000)
+def serving(bundle: Bundle, directory: Path, state_url: str | None = None, **options: Any) -> Iterator[str]:
+    state = open_state(directory, canonical_schema(bundle), state_url, "model")
+    service = LocalService(bundle, state, budget_ms=60_000)
     with socket.create_server(("127.0.0.1", 0), backlog=64) as listening:
         server = uvicorn.Server(uvicorn.Config(create_app(service, **options), log_level="critical"))
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 @pytest.fixture(scope="module")

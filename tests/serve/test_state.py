@@ -1,6 +1,8 @@
 """New events survive a restart, are seen at once by other processes, and make a log that prepare reads."""
 
+import asyncio
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,10 +11,12 @@ import pytest
 
 from recsys_dist.bundle import Bundle
 from recsys_dist.data.sources import parquet
-from recsys_dist.serve.api import Event
+from recsys_dist.errors import StateError
+from recsys_dist.serve.api import Event, RecommendRequest
 from recsys_dist.serve.events import canonical, log_yaml
 from recsys_dist.serve.recommend import Recommender
-from recsys_dist.serve.state import EmbeddedState, canonical_schema
+from recsys_dist.serve.state import EmbeddedState, UserState, canonical_schema, open_state
+from recsys_dist.serve.stored import NEWEST_EVENTS
 
 
 def event(item: str, at: str = "2024-03-20T10:00:00Z") -> Event:
@@ -27,9 +31,24 @@ def event(item: str, at: str = "2024-03-20T10:00:00Z") -> Event:
     )
 
 
+@pytest.fixture(params=["embedded", "redis"])
+def url(request: pytest.FixtureRequest) -> str | None:
+    return None if request.param == "embedded" else request.getfixturevalue("server").url
+
+
 @pytest.fixture
-def state(bundle: Bundle, tmp_path: Path) -> EmbeddedState:
-    return EmbeddedState(tmp_path, canonical_schema(bundle))
+def opened(bundle: Bundle, tmp_path: Path, url: str | None) -> Callable[..., UserState]:
+    """The same state, as another process or a restarted one opens it."""
+    return lambda schema=None: open_state(tmp_path, schema or canonical_schema(bundle), url, "model")
+
+
+@pytest.fixture
+def state(opened: Callable[..., UserState]) -> UserState:
+    return opened()
+
+
+def parts(directory: Path) -> list[Path]:
+    return sorted((directory / "events").rglob("*.parquet"))
 
 
 def rows(bundle: Bundle, *events: Event) -> pa.Table:
@@ -37,59 +56,79 @@ def rows(bundle: Bundle, *events: Event) -> pa.Table:
 
 
 def test_what_was_appended_is_read_by_others_and_after_a_restart(
-    bundle: Bundle, state: EmbeddedState
+    bundle: Bundle, state: UserState, opened: Callable[..., UserState]
 ) -> None:
     wanted = rows(bundle, event("i1"), event("i2", "2024-03-20T11:00:00Z"))
     state.append(wanted)
-    other = EmbeddedState(state.directory, state.schema)
+    other = opened()
     assert other.read(["u1"]).sort_by("timestamp") == wanted.combine_chunks()
     assert not len(other.read(["u2"]))
     state.close()
-    again = EmbeddedState(state.directory, state.schema)
+    again = opened()
     assert len(again.read(["u1", "nobody"])) == 2
 
 
-def test_a_bundle_with_other_columns_reads_the_same_events(bundle: Bundle, state: EmbeddedState) -> None:
+def test_only_a_users_newest_events_are_read_and_those_that_are_alike_all_count(
+    bundle: Bundle, state: UserState
+) -> None:
+    state.append(rows(bundle, *[event("i1", "2024-03-20T12:00:00Z")] * NEWEST_EVENTS))
+    assert len(state.read(["u1"])) == NEWEST_EVENTS
+    state.append(rows(bundle, event("i2", "2024-03-20T13:00:00Z"), event("i3", "2024-03-20T11:00:00Z")))
+    assert sorted(state.read(["u1"])["item_id"].to_pylist()) == ["i1"] * (NEWEST_EVENTS - 1) + ["i2"]
+
+
+def test_a_bundle_with_other_columns_reads_the_same_events(
+    bundle: Bundle, state: UserState, opened: Callable[..., UserState]
+) -> None:
     state.append(rows(bundle, event("i1")))
-    fields = [field for field in state.schema if field.name != "device"]
-    other = EmbeddedState(state.directory, pa.schema([*fields, pa.field("page", pa.string())]))
+    fields = [field for field in canonical_schema(bundle) if field.name != "device"]
+    other = opened(pa.schema([*fields, pa.field("page", pa.string())]))
     [found] = other.read(["u1"]).to_pylist()
     assert found["item_id"] == "i1" and found["page"] is None and "device" not in found
 
 
-def test_events_are_written_to_the_log_once_by_day(bundle: Bundle, state: EmbeddedState) -> None:
+def test_events_are_written_to_the_log_once_by_day(
+    bundle: Bundle, state: UserState, opened: Callable[..., UserState], tmp_path: Path
+) -> None:
     state.append(rows(bundle, event("i1"), event("i2", "2024-03-21T10:00:00Z")))
     assert state.write_log() == 2 and state.write_log() == 0
     state.append(rows(bundle, event("i3")))
-    assert EmbeddedState(state.directory, state.schema).write_log() == 1
-    files = sorted(
-        file.relative_to(state.directory).as_posix() for file in state.directory.rglob("*.parquet")
-    )
-    assert files == [
-        "events/date=2024-03-20/part-000000000001.parquet",
-        "events/date=2024-03-20/part-000000000003.parquet",
-        "events/date=2024-03-21/part-000000000001.parquet",
-    ]
+    assert opened().write_log() == 1
+    files = sorted((file.parent.name, pq.read_table(file)["item_id"].to_pylist()) for file in parts(tmp_path))
+    assert files == [("date=2024-03-20", ["i1"]), ("date=2024-03-20", ["i3"]), ("date=2024-03-21", ["i2"])]
 
 
-def test_a_log_written_again_after_a_kill_repeats_nothing(bundle: Bundle, state: EmbeddedState) -> None:
+def test_an_embedded_log_written_again_after_a_kill_repeats_nothing(bundle: Bundle, tmp_path: Path) -> None:
+    state = EmbeddedState(tmp_path, canonical_schema(bundle))
     state.append(rows(bundle, event("i1")))
     state.write_log()
-    with sqlite3.connect(state.directory / "state.db") as db:  # killed before it noted what it wrote
+    with sqlite3.connect(tmp_path / "state.db") as db:  # killed before it noted what it wrote
         db.execute("DELETE FROM written")
     state.append(rows(bundle, event("i2")))
     state.write_log()
-    written = pq.read_table(state.directory / "events")
+    written = pq.read_table(tmp_path / "events")
     assert sorted(written["item_id"].to_pylist()) == ["i1", "i2"]
 
 
-def test_prepare_reads_the_recorded_log(bundle: Bundle, state: EmbeddedState) -> None:
+def test_requests_are_answered_without_a_file_that_fails(bundle: Bundle, tmp_path: Path) -> None:
+    state = EmbeddedState(tmp_path, canonical_schema(bundle))
+    state.append(rows(bundle, event("i1")))
+    with sqlite3.connect(tmp_path / "state.db") as db:
+        db.execute("DROP TABLE events")
+    asked = RecommendRequest(user_id="u1", k=3, context={"device": "tv"})
+    [answer] = asyncio.run(Recommender(bundle, state).recommend([asked], budget_ms=60_000))
+    assert len(answer.items) == 3 and answer.degraded == ["state_failed"]
+    with pytest.raises(StateError, match=r"state\.db.*no such table"):
+        state.append(rows(bundle, event("i1")))
+
+
+def test_prepare_reads_the_recorded_log(bundle: Bundle, state: UserState, tmp_path: Path) -> None:
     state.append(rows(bundle, event("i1"), event("i2")))
     state.write_log()
-    pq.write_table(bundle.users.attributes, state.directory / "users.parquet")
-    pq.write_table(bundle.items.attributes, state.directory / "items.parquet")
-    (state.directory / "log.yaml").write_text(log_yaml(bundle))
-    cfg = parquet.recognise(str(state.directory))
+    pq.write_table(bundle.users.attributes, tmp_path / "users.parquet")
+    pq.write_table(bundle.items.attributes, tmp_path / "items.parquet")
+    (tmp_path / "log.yaml").write_text(log_yaml(bundle))
+    cfg = parquet.recognise(str(tmp_path))
     assert cfg is not None
     source = parquet.Source(cfg)
     assert [f.name for f in source.schema().features] == [f.name for f in bundle.encoders.schema.features]

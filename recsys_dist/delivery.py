@@ -175,8 +175,9 @@ def short_reason(error: BaseException) -> str:
     """The root cause in one line, without what a URI may hold of passwords."""
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
-    lines = str(error).strip().splitlines()
-    return without_credentials(f"{type(error).__name__}: {lines[0][:300] if lines else ''}")
+    first, *more = str(error).strip().splitlines() or [""]
+    said = f"{first} {more[0]}" if more and first.endswith(":") else first  # the cause is on the next line
+    return without_credentials(f"{type(error).__name__}: {said[:300]}")
 
 
 def _entities(record: dict[str, Any]) -> list[Entity]:

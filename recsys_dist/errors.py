@@ -11,7 +11,8 @@
     ├── BundleError        an exported bundle is damaged, or its parts do not agree
     ├── RegistryError      the registry does not answer, or lacks what was asked for
     ├── StateError         the users' state cannot be read or written
-    └── ServeError         the service cannot be started
+    ├── ServeError         the service cannot be started
+    └── ClusterError       a Ray cluster does not answer, or cannot be started here
 
 A message names the thing, its value, the limit and the way out. What only a bug in this
 project can cause is an `assert`, not one of these.
@@ -64,3 +65,7 @@ class StateError(RecsysError):
 
 class ServeError(RecsysError):
     """The service cannot be started."""
+
+
+class ClusterError(RecsysError):
+    """The Ray cluster that is named does not answer, or none can be started on this machine."""

@@ -2,12 +2,16 @@
 
 import logging
 import os
+import socket
 
 import ray
+
+from recsys_dist.errors import ClusterError
 
 # Of the shared-memory store that Ray starts here; what does not fit spills to disk, so this bounds memory
 # and not the size of a log.
 OBJECT_STORE_BYTES = 1 << 30
+_PROBE_S = 5.0
 
 
 def connect(dashboard: bool = False, metrics_port: int | None = None) -> None:
@@ -15,17 +19,40 @@ def connect(dashboard: bool = False, metrics_port: int | None = None) -> None:
 
     Without RAY_ADDRESS it never joins a cluster that happens to run here. Ray Train asks the `dashboard`
     which runs are gone, to free what they held: needed where one driver starts many of them. Prometheus
-    finds the metrics of a cluster started here at `metrics_port`.
+    finds the metrics of a cluster started here at `metrics_port`. ClusterError where there is no cluster.
     """
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    here = not os.environ.get("RAY_ADDRESS")
-    ray.init(
-        address="local" if here else None,
-        object_store_memory=OBJECT_STORE_BYTES if here else None,
-        include_dashboard=dashboard if here else None,
-        _metrics_export_port=metrics_port if here else None,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    address = os.environ.get("RAY_ADDRESS")
+    here = not address
+    try:
+        if address:
+            _probe(address)
+        ray.init(
+            address="local" if here else None,
+            object_store_memory=OBJECT_STORE_BYTES if here else None,
+            include_dashboard=dashboard if here else None,
+            _metrics_export_port=metrics_port if here else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        where = f"no Ray cluster answers at RAY_ADDRESS={address!r}" if address else "Ray did not start here"
+        way = (
+            "start it, or unset RAY_ADDRESS to use this machine" if address else "run the same command again"
+        )
+        raise ClusterError(f"{where}: {error}; {way}") from error
+    except Exception as error:
+        if type(error) is not Exception:  # which Ray raises where its own start took over 30 s
+            raise
+        raise ClusterError(
+            "Ray did not start within 30 s, as on a machine that is too busy; run the same command again"
+        ) from error
+
+
+def _probe(address: str) -> None:
+    """OSError where nobody listens at HOST:PORT, at once; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=_PROBE_S).close()

@@ -5,6 +5,8 @@ golden requests, has every replica load it, and then switches. One that fails is
 """
 
 import asyncio
+import contextlib
+import io
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -77,8 +79,9 @@ def run(app: Application, cfg: ServiceConfig, host: str, port: int) -> str:
 
 def stop() -> None:
     """End the service and Ray Serve with it."""
-    serve.shutdown()  # type: ignore[no-untyped-call]
-    ray.shutdown()
+    with contextlib.redirect_stderr(io.StringIO()):  # where Ray tells of its own controller's end as an error
+        serve.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()
 
 
 def _deployment(cls: type, name: str, cfg: StageConfig) -> serve.Deployment:

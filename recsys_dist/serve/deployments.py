@@ -7,6 +7,7 @@ stage that has not loaded it yet loads it then. A new bundle is loaded in the ba
 
 import asyncio
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -137,16 +138,23 @@ def _checked(of: Callable[[Bundle], T]) -> Callable[[Bundle], T]:
     return opened
 
 
-class RecallStage:
-    """User vectors and the nearest items, for a batch of requests."""
+class Stage(Generic[T]):
+    """A model behind Ray Serve: `of` is what a bundle is made into, `threads` what its arithmetic may use."""
 
-    def __init__(self, state: str, threads: int) -> None:
+    def __init__(self, of: Callable[[Bundle], T], state: str, threads: int) -> None:
         cpu.configure(threads)
-        self._bundles = Bundles(_checked(Recall.of))
+        self._bundles = Bundles(_checked(of))
         self._bundles.get(_served(state))
 
     async def load(self, path: str) -> None:
         await self._bundles.ready(path)
+
+
+class RecallStage(Stage[Recall]):
+    """User vectors and the nearest items, for a batch of requests."""
+
+    def __init__(self, state: str, threads: int) -> None:
+        super().__init__(Recall.of, state, threads)
 
     async def __call__(
         self, path: str, users: bytes, k: int, excluded: list[np.ndarray]
@@ -155,16 +163,11 @@ class RecallStage:
         return stage.retrieve(_from_ipc(users), k, excluded)
 
 
-class RankStage:
+class RankStage(Stage[Rank]):
     """Probabilities of all candidates of a batch of requests."""
 
     def __init__(self, state: str, threads: int) -> None:
-        cpu.configure(threads)
-        self._bundles = Bundles(_checked(Rank.of))
-        self._bundles.get(_served(state))
-
-    async def load(self, path: str) -> None:
-        await self._bundles.ready(path)
+        super().__init__(Rank.of, state, threads)
 
     async def __call__(self, path: str, users: bytes, of: np.ndarray, positions: np.ndarray) -> np.ndarray:
         stage = await self._bundles.ready(path)
@@ -224,10 +227,11 @@ class ServiceReplica:
         self._service.recommender.check(request)
         if request.budget_ms is not None:  # a batch has one deadline: nobody is to set it for others
             return self._told("recommend", await self._service.recommend(request))
-        return self._told("recommend", await self._together(request))
+        return self._told("recommend", await self._together((request, time.perf_counter())))
 
-    async def _recommended(self, requests: list[RecommendRequest]) -> list[Answer]:
-        return await self._service.recommender.recommend(requests, self.cfg.budget_ms)
+    async def _recommended(self, waiting: list[tuple[RecommendRequest, float]]) -> list[Answer]:
+        requests, since = [request for request, _ in waiting], min(came for _, came in waiting)
+        return await self._service.recommender.recommend(requests, self.cfg.budget_ms, since)
 
     async def recall(self, request: RecallRequest) -> Answer:
         return self._told("recall", await self._service.recall(request))

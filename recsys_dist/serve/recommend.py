@@ -116,10 +116,13 @@ class Recommender:
             raise InvalidError([{"field": "timestamp", "problem": problem}])
 
     async def recommend(
-        self, asked: Sequence[RecommendRequest], budget_ms: float = BUDGET_MS
+        self, asked: Sequence[RecommendRequest], budget_ms: float = BUDGET_MS, since: float | None = None
     ) -> list[Answer]:
-        """The k best of each request's candidates, by probability."""
-        work = self._begin(asked, budget_ms)
+        """The k best of each request's candidates, by probability.
+
+        The budget counts from `since`, when the first of them came (`time.perf_counter`); None is now.
+        """
+        work = self._begin(asked, budget_ms, since)
         excluded = self._excluded(asked, work.seen)
         await self._retrieve(work, max(a.candidates for a in asked), excluded)
         for rows, request in zip(work.rows, asked, strict=True):
@@ -162,8 +165,9 @@ class Recommender:
             answers.append(self._answer(work, r, scored))
         return answers
 
-    def _begin(self, asked: Sequence[Asked], budget_ms: float) -> Work:
-        began = time.perf_counter()
+    def _begin(self, asked: Sequence[Asked], budget_ms: float, since: float | None = None) -> Work:
+        now = time.perf_counter()
+        began = since or now
         budgets = [a.budget_ms or budget_ms for a in asked]
         users = [a.user_id for a in asked]
         distinct = list(dict.fromkeys(users))
@@ -177,7 +181,7 @@ class Recommender:
         degraded = [failed + more for more in self._missing(asked, set(past["user_id"].to_pylist()))]
         table = self.features.users(past, self._table(asked))
         work = Work(asked, began + min(budgets) / 1000, began, table, seen, degraded)
-        work.ms["features"] = 1000 * (time.perf_counter() - began)
+        work.ms |= {"waiting": 1000 * (now - began), "features": 1000 * (time.perf_counter() - now)}
         return work
 
     def _with_state(

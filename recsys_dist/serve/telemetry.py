@@ -1,7 +1,7 @@
 """What the service tells Prometheus, through Ray's metrics endpoint.
 
 recsys_requests{route}                 answers
-recsys_stage_ms{route, stage}          histogram; stages are features, recall, ranking and total
+recsys_stage_ms{route, stage}          histogram; stages are waiting, features, recall, ranking and total
 recsys_degraded{route, reason}         answers that had to do without something
 recsys_probability{route}              histogram of the first item's predicted probability
 recsys_bundle{version}                 1 for the bundle that is answered from, 0 for former ones

@@ -1,6 +1,7 @@
 """Every request gets a full list: whatever is missing, late or broken is left out and named."""
 
 import asyncio
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -64,7 +65,7 @@ def test_the_list_is_full_unseen_and_by_probability(bundle: Bundle, recommender:
     probabilities = [item.probability or 0 for item in unseen]
     assert probabilities == sorted(probabilities, reverse=True)
     assert answer.bundle == bundle.manifest.version
-    assert set(answer.ms) == {"features", "recall", "ranking", "total"}
+    assert set(answer.ms) == {"waiting", "features", "recall", "ranking", "total"}
 
 
 def test_requests_in_a_batch_do_not_see_each_other(recommender: Recommender) -> None:
@@ -109,6 +110,14 @@ def test_without_recall_popular_items_are_ranked(bundle: Bundle, how: str) -> No
     popular = [bundle.item_ids[row - 1].as_py() for row in bundle.popular[:4]]
     assert sorted(ids(answer)) == sorted(popular)
     assert all(item.recall_score is None for item in answer.items)
+
+
+def test_the_budget_counts_from_when_a_request_came(bundle: Bundle) -> None:
+    slow = Recommender(bundle, stages=Broken(bundle, late=("recall", "ranking")))
+    came = time.perf_counter() - 10
+    [answer] = asyncio.run(slow.recommend([RecommendRequest(user_id="u1", k=4)], 5_000, came))
+    assert {"recall_late", "ranking_late"} <= set(answer.degraded) and len(answer.items) == 4
+    assert answer.ms["waiting"] > 9_900 and answer.ms["total"] < 12_000
 
 
 def test_without_ranking_the_order_is_recalls(bundle: Bundle) -> None:

@@ -1,0 +1,20 @@
+import socket
+
+import pytest
+
+from recsys_dist import session
+from recsys_dist.errors import ClusterError
+
+
+def test_a_cluster_that_is_not_there_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed_again:
+        port = closed_again.getsockname()[1]
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    with pytest.raises(ClusterError, match=rf"RAY_ADDRESS='127.0.0.1:{port}'.*unset RAY_ADDRESS"):
+        session.connect()
+
+
+def test_the_address_for_submitting_jobs_is_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(ClusterError, match="Invalid Ray address"):
+        session.connect()

@@ -79,7 +79,7 @@ def run(app: Application, cfg: ServiceConfig, host: str, port: int) -> str:
 
 def stop() -> None:
     """End the service and Ray Serve with it."""
-    with contextlib.redirect_stderr(io.StringIO()):  # where Ray tells of its own controller's end as an error
+    with contextlib.redirect_stdout(io.StringIO()):  # where Ray tells of its own controller's end as an error
         serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
 

@@ -72,14 +72,14 @@ def main(argv: list[str]) -> None:
     with clock.stage("prepare", "preparing the log"):
         prepared = prepare(PrepareConfig(source=source_for(args.data)), out / "data")
         print(prepare_job.summary(prepared))
-    told = {"data": str(prepared.path), "num_workers": args.workers}
-    configs = {task: recipes.named(recipe, told) for task, recipe in RECIPES.items()}
+    common = {"data": str(prepared.path), "num_workers": args.workers}
+    configs = {task: recipes.named(recipe, common) for task, recipe in RECIPES.items()}
     tuned = None
     if args.tune:
         with clock.stage("tune", f"searching settings of {RECIPES['ranking']}"):
             tuned = searched(configs["ranking"], args.tune, out, settings)
             configs["ranking"] = tuned.best.model_copy(update={"num_workers": args.workers})
-            print(tune_job.told(tuned))
+            print(tune_job.in_words(tuned))
     outcomes: dict[Task, tracked.Outcome] = {}
     for task, cfg in configs.items():
         with clock.stage(task, f"training and evaluating {cfg.model.name} ({task})"):

@@ -163,12 +163,12 @@ def main(argv: list[str]) -> None:
     found = run(cfg, out, TrackingConfig(uri=args.tracking_uri))
     if args.json:
         write_text(json.dumps(found.figures, indent=1), Path(args.json))
-    print(told(found))
+    print(in_words(found))
     print(f"MLflow run {found.delivery.run_id or 'not yet delivered'} at {found.tracking_uri}")
     print(f"train it in full: python -m jobs.train --config {found.folder / 'best.yaml'}")
 
 
-def told(found: Outcome) -> str:
+def in_words(found: Outcome) -> str:
     return "\n".join([found.table, "", *summary.sentences(found.figures)])
 
 

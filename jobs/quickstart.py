@@ -259,12 +259,12 @@ def _recall_sentences(recall: dict[str, Any]) -> Iterator[str]:
 
 def _tuning_sentences(tune: dict[str, Any] | None) -> Iterator[str]:
     if tune is not None and tune["best"]["value"] is not None:
-        best, share = tune["best"], tune["compute"]["share"]
-        gain = (
-            "none beat the recipe's own settings"
-            if best["trial"] == 0
-            else f"the best reaches {best['value']:.4f}, the recipe's own {tune['first_trial_value']:.4f}"
-        )
+        best, own, share = tune["best"], tune["first_trial_value"], tune["compute"]["share"]
+        gain = f"the best reaches {best['value']:.4f}"
+        if best["trial"] == 0:
+            gain = "none beat the recipe's own"
+        elif own is not None:
+            gain += f", the recipe's own {own:.4f}"
         cost = f", at {share:.0%} of the cost of training all in full" if share is not None else ""
         by = f"by {tune['metric']} on the validation days"
         yield f"Search: of {tune['trials']} settings, {by}, {gain}{cost}."

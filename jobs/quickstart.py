@@ -31,7 +31,7 @@ from recsys_dist.data.output import write_text
 from recsys_dist.data.pipeline import PrepareConfig, prepare
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.data.sources.protocol import source_for
-from recsys_dist.errors import RegistryError
+from recsys_dist.errors import ConfigError, RegistryError
 from recsys_dist.evaluate import EvaluateConfig
 from recsys_dist.models.protocol import Task
 from recsys_dist.registry import CHAMPION, Registry, RegistryConfig
@@ -59,7 +59,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--no-serving", action="store_true", help="end with the bundle; do not start the service"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.tune is not None and args.tune < 1:
+        raise ConfigError(f"--tune {args.tune}: expected a number of trials from 1 on, or no --tune at all")
+    return args
 
 
 def main(argv: list[str]) -> None:
@@ -258,7 +261,7 @@ def _recall_sentences(recall: dict[str, Any]) -> Iterator[str]:
 
 
 def _tuning_sentences(tune: dict[str, Any] | None) -> Iterator[str]:
-    if tune is not None and tune["best"]["value"] is not None:
+    if tune is not None:
         best, own, share = tune["best"], tune["first_trial_value"], tune["compute"]["share"]
         gain = f"the best reaches {best['value']:.4f}"
         if best["trial"] == 0:

@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs import quickstart as job
+from recsys_dist.errors import ConfigError
 from tests.data.small_log import events, items
 
 LOG = """
@@ -102,3 +104,9 @@ def test_from_ones_own_log_to_a_report(tmp_path: Path) -> None:
     assert before, "no checkpoint was written"
     quickstart(tmp_path / "log", tmp_path / "out", "--no-serving", "--tune", "2")
     assert before == {f: f.stat().st_mtime_ns for f in (tmp_path / "out/models").rglob("*.distcp")}
+
+
+@pytest.mark.parametrize("trials", ["0", "-1"])
+def test_a_search_of_no_trials_is_refused_before_anything_starts(trials: str) -> None:
+    with pytest.raises(ConfigError, match=f"--tune {trials}"):
+        job.parse(["--tune", trials])

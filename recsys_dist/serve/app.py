@@ -198,5 +198,7 @@ class Watcher:
         write_parquet(bundle.users.attributes, directory / "users.parquet")
         write_parquet(bundle.items.attributes, directory / "items.parquet")
         write_text(log_yaml(bundle), directory / "log.yaml")
-        cfg = self._cfg
+        cfg, former = self._cfg, self._state
+        if former is not None:
+            former.close()
         self._state = open_state(directory, canonical_schema(bundle), cfg.state_url, cfg.model)

@@ -124,10 +124,13 @@ class RecallModel(Model, Protocol):
         ...
 
 
+SHARED = ("protocol", "layers", "losses", "ranking", "recall")  # files of `models/` that are no model
+
+
 def model_names() -> list[str]:
     """Every file of `models/` that defines `Config` and `Model` of its own."""
     names = [m.name for m in pkgutil.iter_modules(recsys_dist.models.__path__)]
-    return [n for n in names if n not in ("protocol", "layers", "losses")]
+    return [n for n in names if n not in SHARED]
 
 
 def model_module(name: str) -> ModuleType:

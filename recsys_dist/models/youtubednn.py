@@ -12,22 +12,18 @@ B rows, S negatives, D dimension of the shared space, I rows of the item table
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import nn
 from torch.nn import functional as F
-from torchrec import KeyedJaggedTensor
 
 from recsys_dist.batch import Batch
-from recsys_dist.config import rng_for
 from recsys_dist.errors import ConfigError
 from recsys_dist.models.layers import DIM_UNIT, MLP, Activation, embedding_tables, normal, pooled
 from recsys_dist.models.losses import sampled_softmax
 from recsys_dist.models.protocol import Catalogue, ModelConfig, Task
+from recsys_dist.models.recall import Negatives, every_row, lookup, one_id
 from recsys_dist.schema import AnyFeature, Categorical, Schema, Statistic
-
-_LOOKUP_ROWS = 65_536  # item_vectors looks the table up in blocks: the all-to-all's buffers stay bounded
 
 
 class Config(ModelConfig):
@@ -91,11 +87,11 @@ class Model(nn.Module):
         self.item_tables = embedding_tables(
             schema, [schema.item_id], vector_dim, normal(cfg.embedding_std), prefix="output_"
         )
-        q_I = negative_distribution(catalogue.positives, cfg.negatives_alpha)
-        self._cumulative_I = np.cumsum(q_I)
-        # row 0 is neither drawn nor learned, so its log q is only kept finite; follows from the catalogue
-        log_q_I = torch.from_numpy(np.log(np.maximum(q_I, np.finfo(np.float64).tiny))).float()
-        self.register_buffer("log_q_I", log_q_I, persistent=False)
+        self.negatives = Negatives(
+            catalogue.positives, cfg.negatives, cfg.negatives_alpha, cfg.negatives_seed
+        )
+        # follows from the catalogue, and so is no part of the state
+        self.register_buffer("log_q_I", self.negatives.log_q_I, persistent=False)
         self.log_q_I: torch.Tensor
 
     @staticmethod
@@ -124,18 +120,18 @@ class Model(nn.Module):
 
     def item_vectors(self) -> torch.Tensor:
         """[I, D] item vectors; on sharded tables every worker calls it together and gets them all."""
-        rows = torch.arange(self.log_q_I.shape[0], dtype=torch.int32, device=self.log_q_I.device)
-        blocks = [self._lookup(block, torch.ones_like(block)) for block in torch.split(rows, _LOOKUP_ROWS)]
-        return torch.cat(blocks)
+        rows, device = len(self.log_q_I), self.log_q_I.device
+        return self._normalised(every_row(self.item_tables, self.item, rows, device))
 
     def loss(self, batch: Batch, step: int) -> torch.Tensor:
         """[B] sampled softmax; 0 where the positive is unknown (row 0), which nothing can recommend."""
-        positive_B = _one_id(batch.sparse, self.item)
-        negative_S = torch.from_numpy(self.sample(step)).to(positive_B.device)
+        positive_B = one_id(batch.sparse, self.item)
+        negative_S = self.negatives.draw(step).to(positive_B.device)
         # one lookup, and so one exchange between workers, for positives and negatives together
         jagged = batch.sparse[self.item]
         ids = torch.cat([jagged.values(), negative_S])
-        vectors = self._lookup(ids, torch.cat([jagged.lengths(), torch.ones_like(negative_S)]))
+        lengths = torch.cat([jagged.lengths(), torch.ones_like(negative_S)])
+        vectors = self._normalised(lookup(self.item_tables, self.item, ids, lengths))
         positive_BD, negative_SD = vectors[: batch.rows], vectors[batch.rows :]
         user_BD = self(batch) / self.cfg.temperature
         loss_B = sampled_softmax(
@@ -147,20 +143,11 @@ class Model(nn.Module):
         )
         return loss_B * (positive_B > 0)
 
-    def sample(self, step: int) -> np.ndarray:
-        """[S] int32 item rows ≥ 1, with replacement: the same on every worker for the same step."""
-        uniform_S = rng_for(self.cfg.negatives_seed, "negatives", step).random(self.cfg.negatives)
-        drawn_S = np.searchsorted(self._cumulative_I, uniform_S * self._cumulative_I[-1], side="right")
-        return drawn_S.astype(np.int32)
-
     def table_groups(self) -> Mapping[str, list[nn.Parameter]]:
         """`"deep"`: the input tables and the softmax's item table."""
         return {"deep": [*self.tables.parameters(), *self.item_tables.parameters()]}
 
-    def _lookup(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """[len(lengths), D] item vectors; a length of 0 (padding) gives zeros."""
-        jagged = KeyedJaggedTensor(keys=[self.item], values=ids, lengths=lengths)
-        vectors = self.item_tables(jagged).values()
+    def _normalised(self, vectors: torch.Tensor) -> torch.Tensor:
         return F.normalize(vectors, dim=1) if self.cfg.normalise else vectors
 
 
@@ -172,19 +159,3 @@ def _of_user(feature: AnyFeature, schema: Schema) -> bool:
     """
     bare_id = isinstance(feature, Categorical) and feature.column == "user_id"
     return schema.sides(feature) == {"user"} and not bare_id and not isinstance(feature, Statistic)
-
-
-def negative_distribution(positives_I: torch.Tensor, alpha: float) -> np.ndarray:
-    """[I] float64: q ∝ (positives + 1)^alpha over rows ≥ 1, and 0 for the unknown row 0."""
-    mass_I = (positives_I.cpu().numpy().astype(np.float64) + 1.0) ** alpha
-    mass_I[0] = 0.0
-    if mass_I.shape[0] < 2:
-        raise ConfigError("youtubednn: the catalogue has no item besides the unknown one")
-    return mass_I / mass_I.sum()
-
-
-def _one_id(sparse: KeyedJaggedTensor, name: str) -> torch.Tensor:
-    """[B] the single id of each row; 0 where it has none, as in padding."""
-    jagged = sparse[name]
-    ids = torch.cat([jagged.values(), jagged.values().new_zeros(1)])
-    return ids[jagged.offsets()[:-1].long()] * jagged.lengths()

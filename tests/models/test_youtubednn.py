@@ -7,7 +7,7 @@ import torch
 from recsys_dist.config import rng_for
 from recsys_dist.errors import ConfigError
 from recsys_dist.models.protocol import Catalogue
-from recsys_dist.models.youtubednn import Config, Model, negative_distribution
+from recsys_dist.models.youtubednn import Config, Model
 from recsys_dist.train.sharding import materialise
 from tests.batches import random_batch, small_schema
 
@@ -44,7 +44,7 @@ def test_loss_is_the_sampled_softmax_of_vectors_and_counts(cfg: Config) -> None:
     assert users.shape[1] == items.shape[1] == 64 + 4 * cfg.item_bias and items.shape[0] == 40
     q = np.r_[0, (np.arange(1, 40) + 1) ** 0.75]
     logit = users @ items.T / cfg.temperature - np.log(np.maximum(q / q.sum(), 1e-300))
-    drawn = model.sample(3)
+    drawn = model.negatives.draw(3).numpy()
     for row, positive in enumerate(batch.sparse["item"].values().tolist()):
         others = np.exp(logit[row, drawn[drawn != positive]]).sum()
         expected = np.log(1 + others / np.exp(logit[row, positive]))
@@ -55,18 +55,6 @@ def test_bias_adds_the_mean_of_an_item_vectors_last_entries() -> None:
     model, _ = build(Config(normalise=False, item_bias=True))
     users = model(random_batch(Model.inputs(small_schema(), Config()), 5, rng_for(2, "rows")))
     assert users[:, 64:].tolist() == [[0.25] * 4] * 5
-
-
-def test_negatives_follow_their_distribution_and_the_step() -> None:
-    q = negative_distribution(torch.tensor([7, 0, 3, 8]), alpha=0.5)
-    np.testing.assert_allclose(q, [0, 1 / 6, 2 / 6, 3 / 6])  # √1, √4, √9; the unknown item never
-    np.testing.assert_allclose(negative_distribution(torch.tensor([7, 0, 3]), alpha=0), [0, 0.5, 0.5])
-    model, _ = build(Config(negatives=20_000, negatives_alpha=1))
-    drawn = model.sample(1)
-    assert np.array_equal(drawn, model.sample(1)) and not np.array_equal(drawn, model.sample(2))
-    share = np.bincount(drawn, minlength=40) / 20_000
-    np.testing.assert_allclose(share, negative_distribution(POSITIVES, 1), atol=0.006)
-    assert drawn.min() >= 1
 
 
 def test_an_unknown_positive_teaches_nothing() -> None:
@@ -92,5 +80,3 @@ def test_what_it_cannot_do_is_refused() -> None:
         Model.inputs(schema, Config(features=("watchd",)))
     with pytest.raises(ConfigError, match="item_bias has no meaning"):
         Config.parse({"item_bias": True})
-    with pytest.raises(ConfigError, match="no item besides the unknown one"):
-        negative_distribution(torch.zeros(1), 1)

@@ -1,0 +1,43 @@
+"""What recall models share: how negatives are drawn, and item tables read whole."""
+
+import numpy as np
+import pytest
+import torch
+
+from recsys_dist.config import rng_for
+from recsys_dist.errors import ConfigError
+from recsys_dist.models.layers import embedding_tables, normal
+from recsys_dist.models.recall import Negatives, every_row, lookup, one_id
+from recsys_dist.train.sharding import materialise
+from tests.batches import random_batch, small_schema
+
+
+def test_negatives_follow_their_distribution_and_the_step() -> None:
+    q = Negatives(torch.tensor([7, 0, 3, 8]), 1, alpha=0.5, seed=0).q_I
+    np.testing.assert_allclose(q, [0, 1 / 6, 2 / 6, 3 / 6])  # √1, √4, √9; the unknown item never
+    np.testing.assert_allclose(Negatives(torch.tensor([7, 0, 3]), 1, 0.0, 0).q_I, [0, 0.5, 0.5])
+    negatives = Negatives(torch.arange(40), 20_000, alpha=1, seed=0)
+    drawn = negatives.draw(1).numpy()
+    assert np.array_equal(drawn, negatives.draw(1)) and not np.array_equal(drawn, negatives.draw(2))
+    np.testing.assert_allclose(np.bincount(drawn, minlength=40) / 20_000, negatives.q_I, atol=0.006)
+    assert drawn.min() >= 1
+    np.testing.assert_allclose(np.exp(negatives.log_q_I[1:].numpy()), negatives.q_I[1:], rtol=1e-6)
+
+
+def test_a_catalogue_without_items_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no item besides the unknown one"):
+        Negatives(torch.zeros(1), 1, 1.0, 0)
+
+
+def test_lookups_read_the_table_by_row() -> None:
+    schema = small_schema()
+    tables = materialise(embedding_tables(schema, [schema.item_id], 4, normal(1)), 0)
+    weight = tables.embedding_bags["item"].weight
+    torch.testing.assert_close(every_row(tables, "item", 40, torch.device("cpu")), weight)
+    found = lookup(tables, "item", torch.tensor([5, 3]), torch.tensor([1, 0, 1]))
+    torch.testing.assert_close(found, torch.stack([weight[5], torch.zeros(4), weight[3]]))
+
+
+def test_one_id_per_row_and_none_for_padding() -> None:
+    batch = random_batch(small_schema(), 3, rng_for(0, "ids"), {"item": np.array([7, 2, 9])}).pad(5)
+    assert one_id(batch.sparse, "item").tolist() == [7, 2, 9, 0, 0]

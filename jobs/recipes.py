@@ -19,6 +19,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "epochs": 3,
         "optimizer": {"deep": {"lr": 0.1}, "wide": {"lr": 0.03}},
     },
+    **{
+        name: {"model": {"name": name}, "batch_rows": 1024, "epochs": 3, "optimizer": {"deep": {"lr": 0.1}}}
+        for name in ("lr", "fm", "mlp")
+    },
     "youtubednn": {"model": {"name": "youtubednn"}, "batch_rows": 2048, "epochs": 2},
 }
 

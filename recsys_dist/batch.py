@@ -33,6 +33,11 @@ class Batch:
         return self.weight.shape[0]
 
     @property
+    def real(self) -> torch.Tensor:
+        """[B] bool: which rows are not padding."""
+        return self.weight > 0
+
+    @property
     def device(self) -> torch.device:
         return self.weight.device
 

@@ -16,24 +16,104 @@ from recsys_dist.schema import IdFeature, Schema
 
 DIM_UNIT = 4  # FBGEMM's sharded kernels ask for table dimensions that are multiples of it
 
-Activation = Literal["relu", "leaky_relu", "prelu", "gelu", "tanh", "sigmoid"]
+Activation = Literal["relu", "leaky_relu", "prelu", "dice", "gelu", "tanh", "sigmoid"]
+Norm = Literal["batch", "layer"]
 
-_ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,
-    "prelu": nn.PReLU,
-    "gelu": nn.GELU,
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
+
+class WorkerSum(nn.Module):
+    """The sum of a tensor over all workers, differentiable. Alone a worker is all of them: the identity.
+
+    `train.sharding.shard` puts its collective twin in this one's place, so that no model knows of ranks.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Same shape on every worker."""
+        return x
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation (Ioffe & Szegedy 2015, arXiv 1502.03167) over the real rows of all workers.
+
+    torch's own would count padding, and each worker for itself: training would depend on how many there
+    are. `affine` learns a scale and a shift. In evaluation: running means of what training saw.
+    """
+
+    def __init__(self, width: int, affine: bool = True, momentum: float = 0.1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.workers = WorkerSum()
+        self.momentum, self.eps = momentum, eps
+        self.scale = nn.Parameter(torch.ones(width)) if affine else None
+        self.shift = nn.Parameter(torch.zeros(width)) if affine else None
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("variance", torch.ones(width))
+        self.mean: torch.Tensor
+        self.variance: torch.Tensor
+
+    def forward(self, x_BH: torch.Tensor, real_B: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, H] → [B, H]; rows where `real_B` [B] bool is False count for nothing."""
+        mean, variance = self._moments(x_BH, real_B) if self.training else (self.mean, self.variance)
+        out = (x_BH - mean) * (variance + self.eps).rsqrt()
+        return out if self.scale is None or self.shift is None else out * self.scale + self.shift
+
+    def _moments(self, x_BH: torch.Tensor, real_B: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = x_BH.new_ones(len(x_BH)) if real_B is None else real_B.to(x_BH.dtype)
+        # sums about the running mean, which all workers share: no digits are lost where means are large
+        centred = (x_BH - self.mean) * rows[:, None]
+        sums = self.workers(torch.cat([centred.sum(0), centred.square().sum(0), rows.sum()[None]]))
+        first, second, count = sums[: x_BH.shape[1]], sums[x_BH.shape[1] : -1], sums[-1].clamp(min=1)
+        offset = first / count
+        variance = (second / count - offset.square()).clamp(min=0)
+        mean = self.mean + offset
+        with torch.no_grad():
+            seen = (sums[-1] > 0).to(x_BH.dtype) * self.momentum
+            unbiased = variance * count / (count - 1).clamp(min=1)
+            self.mean.lerp_(mean, seen)
+            self.variance.lerp_(unbiased, seen)
+        return mean, variance
+
+
+class Dice(nn.Module):
+    """Data adaptive activation (DIN, Zhou et al. 2018, arXiv 1706.06978, eq. 3): PReLU with a moving knee.
+
+    f(s) = p(s)·s + (1 - p(s))·alpha·s,  p(s) = sigmoid( (s - E[s]) / sqrt(Var[s] + ε) )
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = BatchNorm(width, affine=False, eps=1e-8)
+        self.alpha = nn.Parameter(torch.zeros(width))
+
+    def forward(self, s_BH: torch.Tensor, real_B: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, H] → [B, H]; moments as in BatchNorm."""
+        p = torch.sigmoid(self.norm(s_BH, real_B))
+        return p * s_BH + (1 - p) * self.alpha * s_BH
+
+
+_ACTIVATIONS: dict[Activation, Callable[[int], nn.Module]] = {
+    "relu": lambda _: nn.ReLU(),
+    "leaky_relu": lambda _: nn.LeakyReLU(),
+    "prelu": lambda _: nn.PReLU(),
+    "dice": Dice,
+    "gelu": lambda _: nn.GELU(),
+    "tanh": lambda _: nn.Tanh(),
+    "sigmoid": lambda _: nn.Sigmoid(),
 }
+_NORMS: dict[Norm, Callable[[int], nn.Module]] = {"batch": BatchNorm, "layer": nn.LayerNorm}
 
 # He et al. 2015 (arXiv 1502.01852): the slope on the negative side enters the variance. GELU has no
 # closed form and is started as ReLU. Tanh and sigmoid start as Glorot & Bengio 2010 (AISTATS) have it.
-_HE_SLOPE: dict[Activation, float] = {"relu": 0.0, "leaky_relu": 0.01, "prelu": 0.25, "gelu": 0.0}
+# Dice begins as sigmoid(z)·s, close to GELU.
+_HE_SLOPE: dict[Activation, float] = {
+    "relu": 0.0,
+    "leaky_relu": 0.01,
+    "prelu": 0.25,
+    "dice": 0.0,
+    "gelu": 0.0,
+}
 
 
 class MLP(nn.Module):
-    """Linear → activation → dropout for each of `widths`, then a plain linear layer to `out` if given.
+    """Linear → norm → activation → dropout for each of `widths`, then a plain linear layer to `out` if given.
 
     Weights start as fits the activation (He for the ReLU family, Xavier for the others), biases at 0,
     drawn from torch's global generator: seed it before building.
@@ -46,11 +126,15 @@ class MLP(nn.Module):
         activation: Activation = "relu",
         dropout: float = 0.0,
         out: int | None = None,
+        norm: Norm | None = None,
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for width in widths:
-            layers += [_linear(inputs, width, activation), _ACTIVATIONS[activation]()]
+            layers.append(_linear(inputs, width, activation))
+            if norm is not None:
+                layers.append(_NORMS[norm](width))
+            layers.append(_ACTIVATIONS[activation](width))
             if dropout > 0:
                 layers.append(nn.Dropout(dropout))
             inputs = width
@@ -59,9 +143,15 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*layers)
         self.out_features = inputs if out is None else out
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, inputs] → [B, out_features]."""
-        return self.layers(x)
+    def forward(self, x: torch.Tensor, real_B: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, inputs] → [B, out_features]; `real_B` [B] bool keeps padding out of batch moments."""
+        return self.after(0, x, real_B)
+
+    def after(self, first: int, x: torch.Tensor, real_B: torch.Tensor | None = None) -> torch.Tensor:
+        """The same from layer number `first` on, for a model that computes the layers before it otherwise."""
+        for layer in list(self.layers)[first:]:
+            x = layer(x, real_B) if isinstance(layer, BatchNorm | Dice) else layer(x)
+        return x
 
 
 def _linear(inputs: int, outputs: int, activation: Activation | None) -> nn.Linear:

@@ -34,3 +34,25 @@ def sampled_softmax(
     floor = torch.finfo(corrected_BS.dtype).min / 4
     others_B = corrected_BS.masked_fill(hit_BS, floor).logsumexp(dim=1)
     return F.softplus(others_B - (positive_B - log_q_positive_B))
+
+
+def focal(logit_B: torch.Tensor, label_B: torch.Tensor, gamma: float) -> torch.Tensor:
+    """[B]  -(1 - p_t)^gamma log p_t,  p_t = p where y = 1 and 1 - p where y = 0 (Lin et al. 2017, eq. 4)."""
+    cross_entropy_B = binary_cross_entropy(logit_B, label_B)
+    # 1 - p_t = 1 - exp(-cross entropy); kept off 0, where a power below 1 has no derivative
+    wrong_B = (-torch.expm1(-cross_entropy_B)).clamp(min=torch.finfo(logit_B.dtype).tiny)
+    return wrong_B.pow(gamma) * cross_entropy_B
+
+
+def log_square(predicted_B: torch.Tensor, value_B: torch.Tensor) -> torch.Tensor:
+    """[B]  (z - log(1 + v))²: an amount v ≥ 0 learned on a scale that long tails do not rule."""
+    return (predicted_B - torch.log1p(value_B)).square()
+
+
+def bayesian_personalised_ranking(
+    positive_B: torch.Tensor, negative_BS: torch.Tensor, hit_BS: torch.Tensor
+) -> torch.Tensor:
+    """[B]  mean_j -log sigmoid(s⁺ - s_j) over negatives that are no accidental hits (Rendle et al. 2009)."""
+    kept_BS = (~hit_BS).to(positive_B.dtype)
+    loss_BS = F.softplus(negative_BS - positive_B[:, None]) * kept_BS
+    return loss_BS.sum(dim=1) / kept_BS.sum(dim=1).clamp(min=1)

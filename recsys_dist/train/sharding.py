@@ -16,6 +16,7 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.nn.functional import all_reduce
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
@@ -25,6 +26,7 @@ from torchrec.distributed.types import ShardingPlan
 
 from recsys_dist.config import Config, nearest, rng_for
 from recsys_dist.errors import ConfigError
+from recsys_dist.models.layers import WorkerSum
 from recsys_dist.train.optim import (
     OptimizerConfig,
     Optimizers,
@@ -92,6 +94,17 @@ class _Bags(EmbeddingBagCollectionSharder):
         return sorted({*super().sharding_types(compute_device_type), "row_wise"})
 
 
+class _AllSum(nn.Module):
+    """`WorkerSum` over a process group. The gradient is summed as the value is: each worker's loss sees all.
+
+    `train.loop` multiplies each worker's loss by their number and DDP averages, so the sums agree.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        total: torch.Tensor = all_reduce(x)  # type: ignore[no-untyped-call]
+        return total
+
+
 def shard(
     model: nn.Module,
     groups: Mapping[str, list[nn.Parameter]],
@@ -106,6 +119,7 @@ def shard(
     """
     rules = table_rules(model, groups, optimizer)
     tables = _tables(model)
+    _connect(model)
     attach(model, rules)
     sharders: list[Any] = [_Bags(), EmbeddingCollectionSharder()]
     constraints = _constraints(sharding, tables, rules, torch.device(device).type)
@@ -117,6 +131,13 @@ def shard(
         _fill({n: w for n, w in parallel.state_dict().items() if n in tables}, tables, seed)
         parallel.init_data_parallel()
     return ShardedModel(parallel, Optimizers(parallel.named_parameters(), rules, optimizer.dense), rules)
+
+
+def _connect(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, WorkerSum):
+                setattr(module, name, _AllSum())
 
 
 def materialise(model: nn.Module, seed: int, device: torch.device | str = "cpu") -> nn.Module:

@@ -21,7 +21,7 @@ def build(cfg: Config) -> Model:
 
 
 def weights(model: Model) -> dict[str, np.ndarray]:
-    return {n: bag.weight.detach().double().numpy() for n, bag in model.tables.embedding_bags.items()}
+    return {n: bag.weight.detach().double().numpy() for n, bag in model.fields.tables.embedding_bags.items()}
 
 
 def test_logit_is_equation_3() -> None:
@@ -39,25 +39,27 @@ def test_logit_is_equation_3() -> None:
     for row, logit in enumerate(model(batch).tolist()):
         embedded = [
             deep[schema.table(f)][ids[f.name][row]].mean(axis=0) if ids[f.name][row] else np.zeros(16)
-            for name in model.deep_names
+            for name in model.fields.names
             for f in schema.ids
             if f.name == name
         ]
         activation = np.maximum(w1 @ np.concatenate([*embedded, batch.dense[row].double().numpy()]) + b1, 0)
-        linear = sum(wide[model.wide_rows[f.name] + ids[f.name][row][0]].mean() for f in schema.singles)
+        linear = sum(
+            wide[model.fields.wide_rows[f.name] + ids[f.name][row][0]].mean() for f in schema.singles
+        )
         assert logit == pytest.approx((w2 @ activation + b2).item() + linear, rel=1e-4)
 
 
 def test_crosses_go_wide_and_sequences_go_deep() -> None:
     model = build(Config())
-    assert list(model.wide_rows) == ["user", "item", "author", "hour", "user_x_author"]
-    assert list(model.wide_rows.values()) == [0, 30, 70, 82, 107], (
+    assert list(model.fields.wide_rows) == ["user", "item", "author", "hour", "user_x_author"]
+    assert list(model.fields.wide_rows.values()) == [0, 30, 70, 82, 107], (
         "each feature after the rows of those before"
     )
     assert sorted(weights(model)) == ["author", "hour", "item", "user", "wide"]
-    assert model.deep_names == ["user", "item", "author", "hour", "watched", "watched_authors"]
+    assert model.fields.names == ["user", "item", "author", "hour", "watched", "watched_authors"]
     chosen = build(Config(wide=("user_x_author", "hour")))
-    assert list(chosen.wide_rows) == ["user_x_author", "hour"]
+    assert list(chosen.fields.wide_rows) == ["user_x_author", "hour"]
     assert len(weights(chosen)["wide"]) == 64 + 25
     assert set(chosen.table_groups()) == {"deep", "wide"}
     assert set(build(Config(wide=())).table_groups()) == {"deep"}
@@ -69,13 +71,15 @@ def test_joint_gradient_of_both_parts_is_the_residual() -> None:
     batch = random_batch(Model.inputs(small_schema(), Config()), 40, rng_for(1, "rows"))
     model.loss(batch, 0).sum().backward()
     residual = (torch.sigmoid(model(batch)) - batch.labels["click"]).detach()
-    gradient = model.tables.embedding_bags["wide"].weight.grad.sum(dim=1)[model.wide_rows["hour"] :][:25]
+    gradient = model.fields.tables.embedding_bags["wide"].weight.grad.sum(dim=1)[
+        model.fields.wide_rows["hour"] :
+    ][:25]
     expected = torch.zeros(25).index_add(0, batch.sparse["hour"].values().long(), residual)
     torch.testing.assert_close(gradient, expected)
 
 
 def test_what_it_cannot_do_is_refused() -> None:
-    with pytest.raises(ConfigError, match="its deep part has no id feature"):
+    with pytest.raises(ConfigError, match="no id feature to embed"):
         Model.inputs(small_schema(), Config(features=("age",)))
     with pytest.raises(ConfigError, match="wide feature 'age' is numeric"):
         Model.inputs(small_schema(), Config(wide=("age",)))

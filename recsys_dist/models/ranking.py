@@ -1,0 +1,204 @@
+"""What rankers share: their settings, fields of embeddings, the linear part, and what is learned from logits.
+
+B rows, R of them not padding, F fields, D embedding dimension, W wide features, T tasks
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import nn
+from torchrec import EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
+
+from recsys_dist.batch import Batch
+from recsys_dist.config import Config, nearest
+from recsys_dist.errors import ConfigError
+from recsys_dist.models import losses
+from recsys_dist.models.layers import DIM_UNIT, MLP, Activation, Norm, embedding_tables, normal, table_rows
+from recsys_dist.models.protocol import ModelConfig, Task
+from recsys_dist.schema import IdFeature, Schema, SingleId
+
+# A linear weight is the mean of as many columns, which start equal, get equal gradients and so stay equal;
+# Adagrad does not see that each gradient is a quarter: exactly the scalar weight that it stands for.
+WIDE_DIM = DIM_UNIT
+WIDE = "wide"  # the key and the table of the linear part
+
+
+class Objective(Config):
+    """What a ranker learns, beside or instead of the plain cross-entropy of its label."""
+
+    loss: Literal["binary_cross_entropy", "focal"] = "binary_cross_entropy"
+    focal_gamma: float = Field(2.0, ge=0, description="0 is cross-entropy again")
+    positive_weight: float = Field(1.0, gt=0, description="of a positive row beside a negative one's 1")
+    tasks: dict[str, float] = Field(
+        default_factory=dict,
+        description="further labels learned on the shared trunk, each with the weight of its loss; "
+        "a `value` label is learned as its log1p",
+    )
+
+
+class RankConfig(ModelConfig):
+    """Settings that all rankers have."""
+
+    features: tuple[str, ...] | None = Field(None, description="features to read; None reads all")
+    objective: Objective = Objective()
+
+
+class EmbeddingConfig(RankConfig):
+    """Of rankers that embed ids."""
+
+    embedding_dim: int = Field(16, ge=1, multiple_of=DIM_UNIT)
+    embedding_std: float = Field(0.01, ge=0, description="tables start as N(0, std²)")
+
+
+class TowerConfig(EmbeddingConfig):
+    """Of rankers with a tower of dense layers."""
+
+    hidden: tuple[int, ...] = (256, 128)
+    activation: Activation = "relu"
+    norm: Norm | None = None
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    def tower(self, inputs: int, out: int | None) -> MLP:
+        """The MLP of these settings."""
+        return MLP(inputs, self.hidden, self.activation, self.dropout, out, self.norm)
+
+
+class Ranker(nn.Module):
+    """A ranker but for `logits`, which each model gives.
+
+    The first of the T logits is the label's; the others are those of `objective.tasks`, in their order.
+    """
+
+    task: ClassVar[Task] = "ranking"
+
+    def __init__(self, cfg: RankConfig, schema: Schema) -> None:
+        super().__init__()
+        self.objective = cfg.objective
+        self.label = schema.ranking_label
+        self.outputs = 1 + len(cfg.objective.tasks)
+        self.kinds = {label.name: label.kind for label in schema.labels}
+
+    @staticmethod
+    def inputs(schema: Schema, cfg: Any) -> Schema:
+        """All features, or those that `cfg.features` names.
+
+        ConfigError for a task whose label there is not, and for a model that embeds where nothing is left to.
+        """
+        labels = [label.name for label in schema.labels]
+        for name in cfg.objective.tasks:
+            if name not in labels or name == schema.ranking_label:
+                raise ConfigError(
+                    f"{cfg.name}: objective.tasks has {name!r}, which is not another label of the log"
+                    f"{nearest(name, labels)}"
+                )
+        read = schema if cfg.features is None else schema.select(cfg.features)
+        if isinstance(cfg, EmbeddingConfig) and not embedded(read):
+            raise ConfigError(f"{cfg.name}: no id feature to embed is left; crosses have linear weights only")
+        return read
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """[B, T]"""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """[B] logits of the label."""
+        return self.logits(batch)[:, 0]
+
+    def loss(self, batch: Batch, step: int) -> torch.Tensor:
+        """[B] the label's loss and the weighted sum of the other tasks'."""
+        del step  # nothing is sampled
+        return self.loss_of(self.logits(batch), batch)
+
+    def loss_of(self, logits_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """[B] `loss`, of logits that were computed before."""
+        label_B = batch.labels[self.label]
+        loss_B = self._label_loss(logits_BT[:, 0], label_B)
+        loss_B = loss_B * torch.where(label_B > 0, self.objective.positive_weight, 1.0)
+        for column, (name, weight) in enumerate(self.objective.tasks.items(), start=1):
+            of_task = losses.binary_cross_entropy if self.kinds[name] == "binary" else losses.log_square
+            loss_B = loss_B + weight * of_task(logits_BT[:, column], batch.labels[name])
+        return loss_B
+
+    def _label_loss(self, logit_B: torch.Tensor, label_B: torch.Tensor) -> torch.Tensor:
+        if self.objective.loss == "focal":
+            return losses.focal(logit_B, label_B, self.objective.focal_gamma)
+        return losses.binary_cross_entropy(logit_B, label_B)
+
+    def table_groups(self) -> Mapping[str, list[nn.Parameter]]:
+        """`"wide"`: the linear part's weights, where there is one; `"deep"`: all embeddings."""
+        groups: dict[str, list[nn.Parameter]] = {"deep": []}
+        for name, weight in self.named_parameters():
+            parts = name.split(".")
+            if "embedding_bags" in parts or "embeddings" in parts:
+                groups.setdefault("wide" if parts[-2] == WIDE else "deep", []).append(weight)
+        return groups
+
+
+class Fields(nn.Module):
+    """Embedded fields, and the linear model over single ids: one collection, so one exchange of workers.
+
+    A field is an id feature; ids of a sequence are pooled to their mean. All weights of the linear model
+    over one-hot ids lie in one table, a stretch of rows per feature, and start at zero.
+    """
+
+    def __init__(
+        self, schema: Schema, deep: Iterable[IdFeature], linear: Iterable[SingleId], cfg: EmbeddingConfig
+    ) -> None:
+        super().__init__()
+        embedded, wide = list(deep), list(linear)
+        self.names = [feature.name for feature in embedded]
+        self.dim = cfg.embedding_dim
+        rows = np.cumsum([0, *(table_rows(feature) for feature in wide)])
+        self.wide_rows = {feature.name: int(first) for feature, first in zip(wide, rows, strict=False)}
+        table = EmbeddingBagConfig(
+            name=WIDE,
+            num_embeddings=int(rows[-1]),
+            embedding_dim=WIDE_DIM,
+            feature_names=[WIDE],
+            pooling=PoolingType.SUM,
+            init_fn=nn.init.zeros_,
+        )
+        extra = [table] if wide else []
+        self.tables = embedding_tables(schema, embedded, self.dim, normal(cfg.embedding_std), extra=extra)
+
+    @property
+    def width(self) -> int:
+        """F · D"""
+        return len(self.names) * self.dim
+
+    def forward(self, sparse: KeyedJaggedTensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embedded fields [B, F, D] and the linear part [B], zeros without one; padding gives zeros."""
+        found = self.tables(self._with_wide(sparse)).to_dict()
+        linear_B = found[WIDE].sum(dim=1) / WIDE_DIM if self.wide_rows else sparse_zeros(sparse)
+        if not self.names:
+            return linear_B.new_zeros(len(linear_B), 0, self.dim), linear_B
+        flat = torch.cat([found[name] for name in self.names], dim=1)
+        return flat.view(len(flat), len(self.names), self.dim), linear_B
+
+    def _with_wide(self, sparse: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """The ids with one key more: each row's ids of all wide features, shifted to their own rows."""
+        if not self.wide_rows:
+            return sparse
+        jagged = [sparse[name] for name in self.wide_rows]
+        # R rows of B have ids (padding has none), and then one of each of the W features
+        ids_WR = torch.stack(
+            [j.values() + first for j, first in zip(jagged, self.wide_rows.values(), strict=True)]
+        )
+        return KeyedJaggedTensor(
+            keys=[*sparse.keys(), WIDE],
+            values=torch.cat([sparse.values(), ids_WR.t().flatten()]),
+            lengths=torch.cat([sparse.lengths(), jagged[0].lengths() * len(jagged)]),
+        )
+
+
+def sparse_zeros(sparse: KeyedJaggedTensor) -> torch.Tensor:
+    """[B] float zeros."""
+    return torch.zeros(sparse.stride(), device=sparse.lengths().device)
+
+
+def embedded(schema: Schema) -> list[IdFeature]:
+    """Every id feature but the crosses, which go to linear parts alone."""
+    return [feature for feature in schema.ids if feature not in schema.crosses]

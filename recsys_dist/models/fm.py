@@ -11,10 +11,10 @@ B rows, F fields of ids, N floats, D embedding dimension, T tasks
 from typing import Literal
 
 import torch
-from torch import nn
 
 from recsys_dist.batch import Batch
 from recsys_dist.models.layers import MLP
+from recsys_dist.models.pairs import Pairs
 from recsys_dist.models.protocol import Catalogue
 from recsys_dist.models.ranking import EmbeddingConfig, Fields, Ranker, embedded
 from recsys_dist.schema import Schema
@@ -22,21 +22,6 @@ from recsys_dist.schema import Schema
 
 class Config(EmbeddingConfig):
     name: Literal["fm"] = "fm"
-
-
-class Pairs(nn.Module):
-    """Fields of ids and floats in one space, and all pairs of them."""
-
-    def __init__(self, floats: int, dim: int, std: float) -> None:
-        super().__init__()
-        self.vectors_ND = nn.Parameter(torch.empty(floats, dim).normal_(std=std))
-
-    def forward(self, fields_BFD: torch.Tensor, dense_BN: torch.Tensor) -> torch.Tensor:
-        """[B, D] Σ_{i<j} (x_i v_i) ∘ (x_j v_j), whose sum over D are the pairs of eq. 1."""
-        # floats' vectors are never laid out [B, N, D]: their sum and sum of squares are matrix products
-        total_BD = fields_BFD.sum(dim=1) + dense_BN @ self.vectors_ND
-        squares_BD = fields_BFD.square().sum(dim=1) + dense_BN.square() @ self.vectors_ND.square()
-        return (total_BD.square() - squares_BD) / 2
 
 
 class Model(Ranker):

@@ -124,7 +124,14 @@ class RecallModel(Model, Protocol):
         ...
 
 
-SHARED = ("protocol", "layers", "losses", "ranking", "recall")  # files of `models/` that are no model
+SHARED = (
+    "protocol",
+    "layers",
+    "losses",
+    "ranking",
+    "recall",
+    "pairs",
+)  # files of `models/` that are no model
 
 
 def model_names() -> list[str]:

@@ -1,0 +1,51 @@
+"""DLRM (Naumov et al. 2019, arXiv 1906.00091): floats through a bottom MLP, pairwise dots, a top MLP.
+
+    z = top( [d, <f_i, f_j> for i < j] ),  f = (d, embedded fields),  d = bottom(floats)
+
+B rows, F fields of ids, D embedding dimension, T tasks
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from recsys_dist.batch import Batch
+from recsys_dist.models.layers import MLP
+from recsys_dist.models.protocol import Catalogue
+from recsys_dist.models.ranking import Fields, Ranker, TowerConfig, embedded
+from recsys_dist.schema import Schema
+
+
+class Config(TowerConfig):
+    """`hidden` is the top MLP's."""
+
+    name: Literal["dlrm"] = "dlrm"
+    bottom: tuple[int, ...] = Field((64,), description="widths of the bottom MLP before its last, of D")
+    embedding_std: float = Field(0.1, ge=0, description="dots of N(0, .01²) vectors would begin at nothing")
+
+
+class Model(Ranker):
+    """Logits of `schema.ranking_label`. Without floats there is no bottom MLP, and no d."""
+
+    def __init__(self, cfg: Config, schema: Schema, catalogue: Catalogue | None = None) -> None:
+        super().__init__(cfg, schema)
+        del catalogue  # a ranker knows items by their features alone
+        self.fields = Fields(schema, embedded(schema), [], cfg)
+        floats = len(schema.dense)
+        self.bottom = MLP(floats, (*cfg.bottom, cfg.embedding_dim), cfg.activation) if floats else None
+        vectors = len(self.fields.names) + (floats > 0)
+        self.register_buffer("pairs", torch.triu_indices(vectors, vectors, offset=1), persistent=False)
+        self.pairs: torch.Tensor  # [2, pairs] i < j
+        self.top = cfg.tower(self.pairs.shape[1] + cfg.embedding_dim * (floats > 0), self.outputs)
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """[B, T]"""
+        vectors, _ = self.fields(batch.sparse)
+        direct = []
+        if self.bottom is not None:
+            floats_BD = self.bottom(batch.dense)
+            vectors, direct = torch.cat([floats_BD[:, None], vectors], dim=1), [floats_BD]
+        dots = vectors @ vectors.transpose(1, 2)  # [B, F + 1, F + 1]
+        first, second = self.pairs
+        return self.top(torch.cat([*direct, dots[:, first, second]], dim=1), batch.real)

@@ -81,11 +81,28 @@ class Sequence(Feature):
 
 
 class Numeric(Feature):
-    """One float per row, standardised by the training days' mean and deviation; missing is the mean."""
+    """One float per row, standardised by the training days' mean and deviation; missing is the mean.
+
+    With `quantile` it is the share of the training days' values that lie below, in [0, 1], to the given
+    `power`; missing is the median. A model given x, x² and √x can draw curves of x (Covington et al. 2016,
+    §4.1: three features over one column).
+    """
 
     kind: Literal["numeric"] = "numeric"
     column: str
     log: bool = Field(False, description="log1p before standardising; for counts and durations")
+    quantile: bool = False
+    power: float = Field(1.0, gt=0, description="of a quantile")
+
+    @model_validator(mode="after")
+    def _compatible(self) -> Self:
+        if self.power != 1 and not self.quantile:
+            raise ValueError(
+                f"feature {self.name!r}: power={self.power:g} is of a quantile; set quantile too"
+            )
+        if self.log and self.quantile:
+            raise ValueError(f"feature {self.name!r}: log changes no quantile; leave one of them out")
+        return self
 
 
 class Statistic(Feature):

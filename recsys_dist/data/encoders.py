@@ -74,6 +74,8 @@ class Encoders:
 
     def encode(self, feature: Categorical | Bucketed | Numeric, column: pa.ChunkedArray) -> np.ndarray:
         """[n] model input of one raw column: int32 rows, or float32 for a numeric feature."""
+        if isinstance(feature, Numeric) and feature.quantile:
+            return transforms.quantile(column, self.bounds[feature.name], feature.power)
         if isinstance(feature, Numeric):
             return transforms.standardise(column, self.scales[feature.name])
         if isinstance(feature, Bucketed):
@@ -167,6 +169,9 @@ def fit(schema: Schema, counts: Counts, users: Entities, items: Entities, freeze
                     transforms.floats(values), total, feature.buckets
                 )
                 rows[feature.name] = len(bounds[feature.name]) + 2
+            case Numeric(quantile=True):
+                values, total = _counted(feature.column, counts, users, items)
+                bounds[feature.name] = transforms.distribution(transforms.floats(values), total)
             case Numeric():
                 values, total = _counted(feature.column, counts, users, items)
                 scales[feature.name] = Scale.fit(transforms.floats(values), total, feature.log)

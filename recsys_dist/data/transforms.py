@@ -58,6 +58,25 @@ def quantile_bounds(values: np.ndarray, counts: np.ndarray, buckets: int) -> np.
     return np.unique(x[np.minimum(at, len(x) - 1)])
 
 
+def distribution(values: np.ndarray, counts: np.ndarray, most: int = 1_000) -> np.ndarray:
+    """[k, 2] values, ascending, with the share of counted ones below (ties half); k ≤ about `most`."""
+    known = np.isfinite(values) & (counts > 0)
+    x, group = np.unique(values[known], return_inverse=True)
+    if not len(x):
+        return np.array([[0.0, 0.5]])
+    weight = np.bincount(group, counts[known], len(x))
+    below = (np.cumsum(weight) - weight / 2) / weight.sum()
+    kept = np.unique(np.searchsorted(below, np.linspace(below[0], below[-1], min(most, len(x)))))
+    return np.stack([x, below], axis=1)[kept] if len(x) > most else np.stack([x, below], axis=1)
+
+
+def quantile(column: pa.Array | pa.ChunkedArray, points: np.ndarray, power: float) -> np.ndarray:
+    """[n] float32 share below each value by `distribution`'s points, to `power`; missing is the median."""
+    x = floats(column)
+    share = np.where(np.isfinite(x), np.interp(x, points[:, 0], points[:, 1]), 0.5)
+    return (share**power).astype(np.float32)
+
+
 def bucketise(column: pa.Array | pa.ChunkedArray, bounds: np.ndarray) -> np.ndarray:
     """[n] int32 in 1..len(bounds)+1; row 0 where the value is missing."""
     x = floats(column)

@@ -56,3 +56,10 @@ def bayesian_personalised_ranking(
     kept_BS = (~hit_BS).to(positive_B.dtype)
     loss_BS = F.softplus(negative_BS - positive_B[:, None]) * kept_BS
     return loss_BS.sum(dim=1) / kept_BS.sum(dim=1).clamp(min=1)
+
+
+def weighted_logistic(
+    logit_B: torch.Tensor, positive_B: torch.Tensor, negative_B: torch.Tensor
+) -> torch.Tensor:
+    """[B]  -w⁺ log p - w⁻ log(1 - p): weights of each row as a positive and as a negative."""
+    return positive_B * F.softplus(-logit_B) + negative_B * F.softplus(logit_B)

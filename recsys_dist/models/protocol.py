@@ -64,10 +64,19 @@ class Model(Protocol):
 
 
 class RankModel(Model, Protocol):
-    """Scores one (user, item, context) row at a time."""
+    """Scores one (user, item, context) row at a time.
+
+    predicts  the `value` label whose expected amount it predicts; None: the label's probability
+    """
+
+    predicts: str | None
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """[B] logits; `sigmoid` of them are the predicted probabilities."""
+        """[B] logits."""
+        ...
+
+    def prediction(self, logit_B: torch.Tensor) -> torch.Tensor:
+        """[B] what logits mean: probabilities of the ranking label, or expected amounts of `predicts`."""
         ...
 
 

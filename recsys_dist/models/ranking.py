@@ -73,6 +73,7 @@ class Ranker(nn.Module):
     """
 
     task: ClassVar[Task] = "ranking"
+    predicts: str | None = None
 
     def __init__(self, cfg: RankConfig, schema: Schema) -> None:
         super().__init__()
@@ -106,6 +107,10 @@ class Ranker(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """[B] logits of the label."""
         return self.logits(batch)[:, 0]
+
+    def prediction(self, logit_B: torch.Tensor) -> torch.Tensor:
+        """[B] probability of the label."""
+        return torch.sigmoid(logit_B)
 
     def loss(self, batch: Batch, step: int) -> torch.Tensor:
         """[B] the label's loss and the weighted sum of the other tasks'."""

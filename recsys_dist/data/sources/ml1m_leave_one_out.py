@@ -111,6 +111,7 @@ class _Published:
     """The files of the split, by MovieLens' own ids. U users, in the order of train_input.txt; n films."""
 
     users: pa.Array  # [U] string
+    films: pa.Array  # [F] string, all that the split knows
     owner: np.ndarray  # [n] whose film of `train` each is
     train: pa.Array  # [n] string, user by user, oldest first
     validated: np.ndarray  # [V] which users have a film in val_output.txt
@@ -135,7 +136,7 @@ class _Published:
             raise SourceError(f"{paths[1]}: line {line}, less its last film, is no line of {TRAIN}")
         films = [_renamed(pc.list_flatten(lists), items) for lists in (train, valid, test)]
         owner = pc.list_parent_indices(train).to_numpy()
-        return cls(_renamed(numbers, users), owner, films[0], at.to_numpy(), films[1], films[2])
+        return cls(_renamed(numbers, users), items[1], owner, films[0], at.to_numpy(), films[1], films[2])
 
     def user_of(self, owner: np.ndarray) -> pa.Array:
         return self.users.take(pa.array(owner))
@@ -143,11 +144,10 @@ class _Published:
     def rest(self, ratings: pa.Table, url: str) -> pa.Table:
         """The rating of each user that no file lists, as history. Raises SourceError where it is not one."""
         pairs = [(self.user_of(self.owner), self.train), (self.user_of(self.validated), self.valid)]
-        films = pc.unique(self.train)
-        known = [self._key(user, film, films) for user, film in (*pairs, (self.users, self.test))]
-        key = self._key(ratings["user_id"], ratings["item_id"], films)
+        known = [self._key(user, film) for user, film in (*pairs, (self.users, self.test))]
+        key = self._key(ratings["user_id"], ratings["item_id"])
         rest = np.flatnonzero((key >= 0) & ~np.isin(key, np.concatenate(known)))
-        owner = key[rest] // len(films)
+        owner = key[rest] // len(self.films)
         count = np.bincount(owner, minlength=len(self.users))
         if (count != 1).any():
             user = int(np.argmax(count != 1))
@@ -161,13 +161,13 @@ class _Published:
         events = _events(found["user_id"], found["item_id"], at, np.ones(len(at), bool))
         return events.set_column(events.schema.get_field_index("row"), "row", found["row"])
 
-    def _key(self, user: pa.Array, film: pa.Array, films: pa.Array) -> np.ndarray:
+    def _key(self, user: pa.Array, film: pa.Array) -> np.ndarray:
         """[n] int64, one number for a user and a film; negative where either is none of the split's."""
         at = [
             pc.fill_null(pc.index_in(column, value_set=among), -1).to_numpy().astype(np.int64)
-            for column, among in ((user, self.users), (film, films))
+            for column, among in ((user, self.users), (film, self.films))
         ]
-        return np.where((at[0] < 0) | (at[1] < 0), -1, at[0] * len(films) + at[1])
+        return np.where((at[0] < 0) | (at[1] < 0), -1, at[0] * len(self.films) + at[1])
 
 
 def _events(user: pa.Array, item: pa.Array, at_us: np.ndarray, history: np.ndarray | None = None) -> pa.Table:

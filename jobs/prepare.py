@@ -4,6 +4,7 @@ examples:
   python -m jobs.prepare simulate --out runs/data source.events=1000000
   python -m jobs.prepare kuairand path/to/KuaiRand-Pure --out runs/data
   python -m jobs.prepare movielens path/to/ml-1m --out runs/data test_from=2002-06-01
+  python -m jobs.prepare ml1m_ctr path/to/ml-1m/splits/ctr_by_day --out runs/data    (a published split)
   python -m jobs.prepare parquet my_log.yaml --out runs/data         (your own logs: docs/own_logs.md)
   python -m jobs.prepare --config prepare.yaml --out runs/data       (every setting in a file)
 

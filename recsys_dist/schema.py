@@ -71,12 +71,16 @@ class Sequence(Feature):
 
     `of` names the item feature whose ids the list holds (they share its table); `where` the
     label that was positive for an item to count, or None for every exposure.
+
+    `others_only` is for logs without times, where all of a user's items are the history of each: an
+    event's own item is left out, as it is of the history of a user who is asked for new items.
     """
 
     kind: Literal["sequence"] = "sequence"
     of: str
     where: str | None = None
     max_length: int = Field(50, ge=1)
+    others_only: bool = Field(False, description="leave out the event's own item")
     rows: int | None = None
 
 

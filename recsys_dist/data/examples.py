@@ -178,6 +178,10 @@ class _Builder:
             label = transforms.floats(self.past[feature.where])
             wanted = wanted & (np.nan_to_num(label) > 0)
         offsets, at = self.timeline.last(wanted, feature.max_length, self.of)
+        if feature.others_only:
+            own = np.repeat(self.item, np.diff(offsets))
+            kept = (self.past_item[at] != own) | (own == 0)  # 0: a row that asks for a user has no item
+            offsets, at = np.r_[0, np.cumsum(kept)][offsets], at[kept]
         ids = self.world.item_inputs[feature.of][self.past_item[at]]
         return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(ids))
 

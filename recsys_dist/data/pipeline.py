@@ -254,8 +254,12 @@ def _watched(rows: Iterable[dict[str, Any]], what: str, total: int | None) -> It
 
 
 def _split(cfg: PrepareConfig, source: Source, rows: dict[dt.date, int]) -> Split:
-    test_from = cfg.test_from or source.default_split()
-    if test_from is None and cfg.valid_from is None:
+    test_from, valid_from = cfg.test_from, cfg.valid_from
+    if test_from is None:
+        published = source.default_split()
+        test_from = published.test_from if isinstance(published, Split) else published
+        valid_from = valid_from or (published.valid_from if isinstance(published, Split) else None)
+    if test_from is None and valid_from is None:
         return choose_split(rows)
     if test_from is None:
         raise ConfigError(
@@ -263,7 +267,7 @@ def _split(cfg: PrepareConfig, source: Source, rows: dict[dt.date, int]) -> Spli
         )
     if min(rows) >= test_from:
         raise ConfigError(f"test_from {test_from} leaves nothing to train on: the log begins on {min(rows)}")
-    valid_from = cfg.valid_from or choose_valid(rows, test_from)
+    valid_from = valid_from or choose_valid(rows, test_from)
     split = Split.parse({"valid_from": valid_from, "test_from": test_from})
     check_split(split, list(rows))
     return split

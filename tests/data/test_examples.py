@@ -102,6 +102,34 @@ def test_every_feature_equals_a_computation_row_by_row(log: pa.Table, world: Wor
             assert got[name][at] == expected, (name, row)
 
 
+def test_a_sequence_of_others_leaves_out_the_events_own_item(log: pa.Table) -> None:
+    by_name = {feature.name: feature.model_dump() for feature in SCHEMA.features}
+    by_name["clicked"] |= {"others_only": True, "max_length": 9}
+    world = world_of(log, Schema.parse({**SCHEMA.model_dump(), "features": list(by_name.values())}))
+    item_rows = world.item_inputs["item"][world.items.positions(log["item_id"])]
+    rows = log.to_pylist()
+    got = features(log, world, np.arange(len(log)))["clicked"].to_pylist()
+    repeats = 0
+    for at, row in enumerate(rows):
+        past = [
+            n
+            for n, r in enumerate(rows)
+            if r["user_id"] == row["user_id"] and r["timestamp"] < row["timestamp"] and r["click"]
+        ][-9:]
+        others = [n for n in past if rows[n]["item_id"] != row["item_id"]]
+        assert got[at] == item_rows[others].tolist()
+        repeats += len(others) < len(past)
+    assert repeats > 0
+    states = user_states(log, world, SPLIT, "test").to_pylist()  # a user as such has no item: nothing goes
+    for state in states:
+        past = [
+            n
+            for n, r in enumerate(rows)
+            if r["user_id"] == state["user_id"] and r["date"] < SPLIT.test_from and r["click"]
+        ]
+        assert state["clicked"] == item_rows[past[-9:]].tolist()
+
+
 def test_vocabularies_hold_what_training_saw(log: pa.Table, world: World) -> None:
     fitted = log.filter(pc.less(log["date"], pa.scalar(SPLIT.valid_from)))
     genre_of = {r["item_id"]: r["genre"] for r in items().to_pylist()}

@@ -24,6 +24,7 @@ from recsys_dist.data import pipeline
 from recsys_dist.data.examples import sort_events
 from recsys_dist.data.pipeline import PrepareConfig, prepare
 from recsys_dist.data.prepared import Prepared
+from recsys_dist.data.split import Split
 from recsys_dist.errors import ConfigError, DataError, QuarantineError, SourceError
 from recsys_dist.schema import Categorical
 from tests.data import small_log
@@ -312,6 +313,24 @@ def test_days_that_leave_a_part_empty(settings: dict[str, Any], message: str, so
     days = {dt.date(2024, 3, number): 10 for number in (1, 2, 3, 4, 6, 7, 8)}
     with pytest.raises(ConfigError, match=message):
         pipeline._split(config(source, **settings), Source(source), days)
+
+
+def test_a_published_split_holds_unless_other_days_are_asked_for(source: Config) -> None:
+    class Published(Source):
+        def default_split(self) -> Split:
+            return Split(valid_from=day(4), test_from=day(7))
+
+    def day(number: int) -> dt.date:
+        return dt.date(2024, 3, number)
+
+    days = {day(number): 1_000 for number in range(1, 9)}
+    for settings, valid_from, test_from in (
+        ({}, day(4), day(7)),
+        ({"valid_from": day(2)}, day(2), day(7)),
+        ({"test_from": day(4)}, day(3), day(4)),
+    ):
+        split = pipeline._split(config(source, **settings), Published(source), days)
+        assert (split.valid_from, split.test_from) == (valid_from, test_from)
 
 
 def test_a_log_of_two_days(log: pa.Table, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ class Source:
 
     def schema(self) -> Schema:
         return Schema(
-            features=tuple(_features(with_users=self._has("users.dat"))),
+            features=tuple(features(with_users=self._has("users.dat"))),
             labels=(Label(name="like"), Label(name="rating", kind="value")),
             ranking_label="like",
             recall_positive=("like",),
@@ -147,7 +147,8 @@ def _dat(url: str, names: list[str]) -> dict[str, list[str]]:
     return {name: [row[i] for row in rows] for i, name in enumerate(names)}
 
 
-def _features(with_users: bool) -> Iterator[AnyFeature]:
+def features(with_users: bool, max_length: int = 50) -> Iterator[AnyFeature]:
+    """Of users (where they are described), films, time, and what the user rated: `max_length` films."""
     yield Categorical(name="user", column="user_id")
     yield Categorical(name="item", column="item_id")
     yield Categorical(name="genre", column="items.genre")
@@ -160,9 +161,9 @@ def _features(with_users: bool) -> Iterator[AnyFeature]:
             yield Categorical(name=name, column=f"users.{name}")
         yield Cross(name="age_gender_genres", of=("age", "gender", "genres"))
     yield Cross(name="user_genres", of=("user", "genres"))
-    yield Sequence(name="liked", of="item", where="like")
-    yield Sequence(name="liked_genres", of="genres", where="like")
-    yield Sequence(name="rated", of="item")
+    yield Sequence(name="liked", of="item", where="like", max_length=max_length)
+    yield Sequence(name="liked_genres", of="genres", where="like", max_length=max_length)
+    yield Sequence(name="rated", of="item", max_length=max_length)
     for name, key in (("user", "user_id"), ("item", "item_id"), ("genres", "items.genres")):
         yield Statistic(name=f"{name}_count", key=key)
         yield Statistic(name=f"{name}_like_rate", key=key, label="like")

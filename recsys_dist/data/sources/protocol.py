@@ -19,6 +19,7 @@ import pyarrow as pa
 import recsys_dist.data.sources
 from recsys_dist.config import Config, nearest
 from recsys_dist.data.columns import TimestampUnit
+from recsys_dist.data.split import Split
 from recsys_dist.errors import ConfigError, SourceError
 from recsys_dist.schema import Schema
 
@@ -84,15 +85,16 @@ class Source(Protocol):
         """`item_id: string` (unique) and attributes, or None. Raises SourceError."""
         ...
 
-    def default_split(self) -> date | None:
-        """First test day of the data set's published protocol, or None where it has none."""
+    def default_split(self) -> Split | date | None:
+        """The published protocol's first days of validation and test, its first test day alone where
+        it says nothing of validation, or None where there is none."""
         ...
 
 
 def source_names() -> list[str]:
     """Every file of `sources/` that defines `Config` and `Source`."""
     names = [m.name for m in pkgutil.iter_modules(recsys_dist.data.sources.__path__)]
-    return [n for n in names if n not in ("protocol", "files")]
+    return [n for n in names if n not in ("protocol", "files", "undated")]
 
 
 def source_module(name: str) -> ModuleType:

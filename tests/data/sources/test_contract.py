@@ -20,8 +20,10 @@ from recsys_dist.data.sources.protocol import (
     source_module,
     source_names,
 )
+from recsys_dist.data.split import Split
 from recsys_dist.errors import ConfigError, SourceError
 from recsys_dist.schema import Schema, Statistic, side
+from tests.data.sources import published
 
 KUAIRAND_LOG = """user_id,video_id,date,time_ms,is_click,is_like,long_view,play_time_ms,duration_ms,tab
 1,10,20220425,1650812741436,1,0,1,61802,49866,1
@@ -68,7 +70,11 @@ def simulate(_: Path) -> dict[str, object]:
 
 
 SMALL: dict[str, Callable[[Path], dict[str, object]]] = {
+    "frappe": published.frappe,
+    "gowalla": published.gowalla,
     "kuairand": kuairand,
+    "ml1m_ctr": published.ml1m_ctr,
+    "ml1m_leave_one_out": published.ml1m_leave_one_out,
     "movielens": movielens,
     "parquet": parquet,
     "simulate": simulate,
@@ -141,7 +147,8 @@ def source_is_complete(source: Source) -> bool:
 
 def test_the_published_split_lies_within_reason(source: Source) -> None:
     split = source.default_split()
-    assert split is None or 2000 < split.year < 2030
+    test_from = split.test_from if isinstance(split, Split) else split
+    assert test_from is None or 2000 < test_from.year < 2030
 
 
 @pytest.mark.parametrize("name", [name for name in source_names() if name != "simulate"])
@@ -153,10 +160,22 @@ def test_a_wrong_path_is_named(name: str, tmp_path: Path) -> None:
         open_source(source_config({"kind": name, **config})).parts()
 
 
-@pytest.mark.parametrize("name", ["kuairand", "movielens"])
+@pytest.mark.parametrize("name", ["frappe", "gowalla", "kuairand", "movielens"])
 def test_a_directory_is_recognised(name: str, tmp_path: Path) -> None:
     SMALL[name](tmp_path)
     assert source_for(str(tmp_path)).kind == name
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("ml1m_ctr", "ctr_by_day"), ("ml1m_leave_one_out", "leave_one_out")]
+)
+def test_a_split_of_movielens_is_recognised_by_its_own_directory(
+    name: str, folder: str, tmp_path: Path
+) -> None:
+    config = SMALL[name](tmp_path)
+    (tmp_path / "ratings.dat").write_text("1::1193::5::978300760\n")
+    assert source_for(str(tmp_path)).kind == "movielens"
+    assert source_for(str(tmp_path / "splits" / folder)) == source_config({"kind": name, **config})
 
 
 def test_what_no_source_knows() -> None:

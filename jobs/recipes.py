@@ -21,7 +21,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     **{
         name: {"model": {"name": name}, "batch_rows": 1024, "epochs": 3, "optimizer": {"deep": {"lr": 0.1}}}
-        for name in ("lr", "fm", "mlp", "deep_crossing", "dcn", "deepfm", "dlrm")
+        for name in ("lr", "fm", "mlp", "deep_crossing", "dcn", "deepfm", "dlrm", "youtubednn_ranking")
     },
     "youtubednn": {"model": {"name": "youtubednn"}, "batch_rows": 2048, "epochs": 2},
 }

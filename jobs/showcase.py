@@ -57,10 +57,7 @@ def show(bundle: Bundle, port: int, requests: int) -> dict[str, Any]:
         _, answer = _ask(port, user, _SHOWN_ITEMS)
         print(f"user {user} watched {', '.join(map(named, _watched(bundle, user)))}; recommended:")
         for item in answer["items"]:
-            print(
-                f"  {named(item['item_id']):<44} {bundle.manifest.labels['ranking'][0]} "
-                f"{_share(item['probability'])}, recall score {_number(item['recall_score'])}"
-            )
+            print(f"  {named(item['item_id']):<44} {_why(bundle, item)}")
     timed = [_ask(port, user, 10) for user in users]
     ms = sorted(milliseconds for milliseconds, _ in timed)
     degraded = sum("recall" in r or "ranking" in r for _, answer in timed for r in answer["degraded"])
@@ -116,6 +113,13 @@ def _names(bundle: Bundle) -> Any:
         return f"{item} ({', '.join(map(str, values))})" if values else item
 
     return named
+
+
+def _why(bundle: Bundle, item: dict[str, Any]) -> str:
+    predicted = f"{bundle.manifest.labels['ranking'][0]} {_share(item['probability'])}"
+    if item["expected_value"] is not None:
+        predicted = f"{bundle.ranking.model.predicts} {item['expected_value']:,.0f}"
+    return f"{predicted}, recall score {_number(item['recall_score'])}"
 
 
 def _share(value: float | None) -> str:

@@ -24,7 +24,7 @@ def small_schema() -> Schema:
             Numeric(name="age", column="users.age"),
             Numeric(name="duration", column="items.duration"),
         ),
-        labels=(Label(name="click"), Label(name="like")),
+        labels=(Label(name="click"), Label(name="like"), Label(name="watch_ms", kind="value")),
         ranking_label="click",
         recall_positive=("click",),
     )
@@ -34,7 +34,7 @@ def small_schema() -> Schema:
 def random_batch(
     schema: Schema, rows: int, rng: np.random.Generator, columns: dict[str, np.ndarray] | None = None
 ) -> Batch:
-    """Uniform ids from row 1, 0..max_length ids a sequence, normal floats, fair-coin labels.
+    """Uniform ids from row 1, 0..max_length ids a sequence, normal floats, fair coins and seconds as labels.
 
     `columns` fixes single ids, floats or labels by name: [rows] each.
     """
@@ -54,7 +54,7 @@ def random_batch(
     )
     dense = [fixed[f.name] if f.name in fixed else rng.normal(size=rows) for f in schema.dense]
     labels = {
-        label.name: fixed[label.name] if label.name in fixed else rng.integers(0, 2, rows)
+        label.name: fixed[label.name] if label.name in fixed else _outcomes(label, rows, rng)
         for label in schema.labels
     }
     return Batch(
@@ -64,6 +64,10 @@ def random_batch(
         weight=torch.ones(rows),
         row_id=torch.arange(rows),
     )
+
+
+def _outcomes(label: Label, rows: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(0, 2, rows) if label.kind == "binary" else rng.uniform(500, 2000, rows)
 
 
 def take(batch: Batch, index: torch.Tensor) -> Batch:

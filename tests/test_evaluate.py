@@ -45,8 +45,22 @@ SCHEMA = Schema.parse(
 class ByAge(nn.Module):
     """A ranker whose logit is the only float."""
 
+    predicts = None
+
     def forward(self, batch: Batch) -> torch.Tensor:
         return batch.dense[:, 0]
+
+    def prediction(self, logit: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(logit)
+
+
+class Expecting(ByAge):
+    """Its logit is the logarithm of what it expects."""
+
+    predicts = "click"
+
+    def prediction(self, logit: torch.Tensor) -> torch.Tensor:
+        return logit.exp()
 
 
 class ByTable(nn.Module):
@@ -157,10 +171,26 @@ def test_ranking_beside_baselines_and_truth(prepared: Prepared) -> None:
     counts = np.r_[0, rng_for(1, "train").integers(0, 9, ITEMS - 1) + rng_for(1, "valid").integers(0, 9, 14)]
     popular = counts[test["item"].to_numpy()]
     assert result["popularity"]["auc"] == pytest.approx(roc_auc_score(y, popular))
-    assert set(result["popularity"]) == {"auc", "gauc", "intervals"}
+    assert set(result["popularity"]) == {"auc", "gauc", "rows", "positives", "users", "intervals"}
     low, high = result["model_minus_target_encoding"]["auc"]
     assert low < result["model"]["auc"] - result["target_encoding"]["auc"] < high
     assert sum(result["reliability"]["rows"]) == 100
+
+
+def test_an_expected_amount_stands_beside_each_items_mean(prepared: Prepared) -> None:
+    result = evaluate_ranking(prepared, Trained(Expecting(), SCHEMA), CFG)
+    test, known = examples("test", 100), pa.concat_tables([examples("train", 300), examples("valid", 60)])
+    clicks, item = known["click"].to_numpy(), known["item"].to_numpy()
+    means = [
+        clicks[item == i].mean() if (item == i).any() else clicks.mean() for i in test["item"].to_numpy()
+    ]
+    y = test["click"].to_numpy()
+    amount = result["amount"]
+    assert amount["mae"] == pytest.approx(np.abs(np.exp(test["age"].to_numpy()) - y).mean(), rel=1e-6)
+    assert amount["item_mean_mae"] == pytest.approx(np.abs(means - y).mean())
+    assert amount["item_mean_xauc"] == pytest.approx(roc_auc_score(y, means))  # of two values: the AUC
+    assert "logloss" not in result["model"] and "reliability" not in result
+    assert "expected click: mean absolute error" in ranking_table(result)
 
 
 def test_result_does_not_depend_on_who_scores_which_file_when(prepared: Prepared) -> None:

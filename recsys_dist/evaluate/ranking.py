@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 
 from recsys_dist.baselines import LabelCounts, TargetEncoding, encoded_columns
 from recsys_dist.data import collate
@@ -18,9 +19,11 @@ from recsys_dist.data.output import write_parquet
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.evaluate.trained import EvaluateConfig, MapFiles, Trained, known_before
 from recsys_dist.metrics import RankingState, intervals, ranking_replicates, reliability
+from recsys_dist.metrics.amounts import amount_metrics
 from recsys_dist.train.loop import idle_batch
 from recsys_dist.train.validate import score_rows
 
+_NO_SCORES = {"user_id", "label", "observed", "expected", "item_mean"}
 TRUTH = "bayes_probability"  # the simulator's own click probability: no model can rank better
 
 
@@ -33,6 +36,9 @@ def evaluate_ranking(
 ) -> dict[str, Any]:
     """Score `ranking/<split>` and compare. Writes `predictions/*.parquet` below `out` where given.
 
+    A model that expects an amount (`RankModel.predicts`) is held against what was observed too, beside each
+    item's mean: `amount`; its logits are no log-odds, so that of the other metrics those of order count.
+
     Returns label, split, and for each of `model`, `target_encoding`, `popularity` and (simulated logs)
     `bayes` its metrics and their 95 % `intervals`; `model_minus_target_encoding` has the interval of the
     difference; `reliability` the model's calibration curve. Popularity is no probability: AUC and GAUC
@@ -41,6 +47,7 @@ def evaluate_ranking(
     label = trained.schema.ranking_label
     score = Scorer(
         trained=trained,
+        amounts_I=item_amounts(prepared, trained.model.predicts, cfg.split),
         encoding=fit_target_encoding(prepared, label, cfg),
         positives_I=item_positives(prepared, cfg.split),
         item=prepared.schema.item_id.name,
@@ -48,14 +55,24 @@ def evaluate_ranking(
         predictions=Path(out) / "predictions" if out is not None else None,
     )
     table = pa.concat_tables(map_files(score, prepared.files(f"ranking/{cfg.split}")))
-    states = {name: _state(table, name) for name in table.column_names if name not in ("user_id", "label")}
+    states = {name: _state(table, name) for name in table.column_names if name not in _NO_SCORES}
     drawn = {name: ranking_replicates(state, cfg.bootstrap, cfg.seed) for name, state in states.items()}
     result: dict[str, Any] = {"label": label, "split": cfg.split}
     for name, state in states.items():
         metrics = {**state.compute(), "intervals": intervals(drawn[name])}
-        result[name] = _ranks_only(metrics) if name == "popularity" else metrics
+        ranks_only = name == "popularity" or (name == "model" and trained.model.predicts)
+        result[name] = _ranks_only(metrics) if ranks_only else metrics
     difference = {name: drawn["model"][name] - drawn["target_encoding"][name] for name in drawn["model"]}
     result["model_minus_target_encoding"] = intervals(difference)
+    if trained.model.predicts:
+        observed = table["observed"].to_numpy()
+        baseline = amount_metrics(table["item_mean"].to_numpy(), observed)
+        result["amount"] = {
+            "label": trained.model.predicts,
+            **amount_metrics(table["expected"].to_numpy(), observed),
+            **{f"item_mean_{name}": value for name, value in baseline.items()},
+        }
+        return result
     curve = reliability(states["model"].scores, states["model"].labels)
     result["reliability"] = {
         "predicted": curve.predicted.tolist(),
@@ -75,6 +92,7 @@ class Scorer:
     item: str
     batch_rows: int
     predictions: Path | None
+    amounts_I: np.ndarray | None
 
     def __call__(self, file: str) -> pa.Table:
         """user_id, label and a column of logits per scorer; popularity's are counts."""
@@ -91,6 +109,10 @@ class Scorer:
             "target_encoding": self.encoding.scores(ids),
             "popularity": self.positives_I[ids[self.item]].astype(np.float64),
         }
+        if self.amounts_I is not None:
+            columns["observed"] = table[self.trained.model.predicts].cast(pa.float64())
+            columns["expected"] = self.trained.model.prediction(torch.from_numpy(logits).double()).numpy()
+            columns["item_mean"] = self.amounts_I[ids[self.item]]
         if TRUTH in present:
             p = np.clip(table[TRUTH].to_numpy().astype(np.float64), 1e-12, 1 - 1e-7)
             columns["bayes"] = np.log(p) - np.log1p(-p)
@@ -110,7 +132,9 @@ class Scorer:
         assert self.predictions is not None
         rows = {name: table[name] for name in ("user_id", "item_id", "row_id") if name in table.column_names}
         rows["label"] = table[self.trained.schema.ranking_label]
-        rows["probability"] = pa.array(1 / (1 + np.exp(-logits.astype(np.float64))), pa.float32())
+        predicted = self.trained.model.prediction(torch.from_numpy(logits).double())
+        name = f"expected_{self.trained.model.predicts}" if self.trained.model.predicts else "probability"
+        rows[name] = pa.array(predicted.numpy(), pa.float32())
         write_parquet(pa.table(rows), self.predictions / Path(file).name)
 
 
@@ -126,6 +150,25 @@ def fit_target_encoding(prepared: Prepared, label: str, cfg: EvaluateConfig) -> 
     return TargetEncoding.fit(counts[0].merge(*counts[1:]), cfg.smoothing)
 
 
+def item_amounts(prepared: Prepared, label: str | None, split: str) -> np.ndarray | None:
+    """[rows of the item table] mean amount of each item's exposures before `split`; None without a label.
+
+    An item without any has the mean of all.
+    """
+    if label is None:
+        return None
+    item = prepared.schema.item_id
+    total_I, count_I = np.zeros(item.rows or 0), np.zeros(item.rows or 0)
+    for name in known_before(split):
+        for file in prepared.files(f"ranking/{name}"):
+            table = pq.read_table(file, columns=[item.name, label])
+            rows = table[item.name].to_numpy()
+            total_I += np.bincount(rows, table[label].to_numpy(), len(total_I))
+            count_I += np.bincount(rows, minlength=len(count_I))
+    everywhere = total_I.sum() / max(count_I.sum(), 1)
+    return np.where(count_I > 0, total_I / np.maximum(count_I, 1), everywhere)
+
+
 def item_positives(prepared: Prepared, split: str) -> np.ndarray:
     """[rows of the item table] how often each item was a recall positive before `split`; row 0 is 0."""
     known = [prepared.items[f"{name}_positives"].to_numpy() for name in known_before(split)]
@@ -139,5 +182,10 @@ def _state(table: pa.Table, name: str) -> RankingState:
 
 
 def _ranks_only(metrics: dict[str, Any]) -> dict[str, Any]:
-    kept = ("auc", "gauc")
-    return {**{k: metrics[k] for k in kept}, "intervals": {k: metrics["intervals"][k] for k in kept}}
+    order = ("auc", "gauc")
+    counts = {name: value for name, value in metrics.items() if name in ("rows", "positives", "users")}
+    return {
+        **counts,
+        **{k: metrics[k] for k in order},
+        "intervals": {k: metrics["intervals"][k] for k in order},
+    }

@@ -68,10 +68,16 @@ class RankRequest(Asked):
 
 
 class Scored(Strict):
-    """`probability` of the ranking model's label; `recall_score` is the inner product. None: not known."""
+    """None: not known.
+
+    probability     of the ranking model's label
+    expected_value  instead of it, of a model that expects an amount, as watch time
+    recall_score    inner product
+    """
 
     item_id: str
     probability: float | None
+    expected_value: float | None
     recall_score: float | None
 
 

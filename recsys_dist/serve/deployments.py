@@ -171,7 +171,7 @@ class RankStage(Stage[Rank]):
 
     async def __call__(self, path: str, users: bytes, of: np.ndarray, positions: np.ndarray) -> np.ndarray:
         stage = await self._bundles.ready(path)
-        return stage.probabilities(_from_ipc(users), of, positions)
+        return stage.predictions(_from_ipc(users), of, positions)
 
 
 class Remote:

@@ -1,7 +1,7 @@
-"""Ranking: the probability of every candidate, of all requests in one batch. R requests, C candidates"""
+"""Ranking: the prediction for every candidate, of all requests in one batch. R requests, C candidates"""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -31,12 +31,14 @@ class Rank:
         return cls(bundle.ranking, features, items, bundle.ranking.schema.of_side(item=False))
 
     @torch.inference_mode()
-    def probabilities(self, users: pa.Table, of: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """[C] float32: that the user in row `of` [C] of `users` takes the item at `positions` [C]."""
+    def predictions(self, users: pa.Table, of: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """[C] float32: what is predicted of row `of` [C] of `users` and the items at `positions` [C]."""
         logits = (
             self._whole(users, of, positions) if self.items is None else self._joined(users, of, positions)
         )
-        return torch.sigmoid(logits).numpy()
+        model: Any = self.ranker.model
+        predicted: np.ndarray = model.prediction(logits).numpy()
+        return predicted
 
     def _whole(self, users: pa.Table, of: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         rows = self.features.rows(users, of, positions)

@@ -65,7 +65,7 @@ class InProcess:
         return self._recall.retrieve(users, k, excluded)
 
     async def rank(self, users: pa.Table, of: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        return self._rank.probabilities(users, of, positions)
+        return self._rank.predictions(users, of, positions)
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Work:
     ms: dict[str, float] = field(default_factory=dict)
     rows: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.int32))
     scores: np.ndarray | None = None
-    probabilities: np.ndarray | None = None
+    predictions: np.ndarray | None = None
 
     def note(self, reason: str) -> None:
         for reasons in self.degraded:
@@ -118,7 +118,7 @@ class Recommender:
     async def recommend(
         self, asked: Sequence[RecommendRequest], budget_ms: float = BUDGET_MS, since: float | None = None
     ) -> list[Answer]:
-        """The k best of each request's candidates, by probability.
+        """The k best of each request's candidates, by what the ranker predicts.
 
         The budget counts from `since`, when the first of them came (`time.perf_counter`); None is now.
         """
@@ -128,10 +128,10 @@ class Recommender:
         for rows, request in zip(work.rows, asked, strict=True):
             rows[request.candidates :] = 0
         of, at = np.nonzero(work.rows)
-        probabilities = await self._rank(work, of, self._position_of_row[work.rows[of, at]])
-        if probabilities is not None:
-            work.probabilities = np.full(work.rows.shape, -np.inf, np.float32)
-            work.probabilities[of, at] = probabilities
+        predictions = await self._rank(work, of, self._position_of_row[work.rows[of, at]])
+        if predictions is not None:
+            work.predictions = np.full(work.rows.shape, -np.inf, np.float32)
+            work.predictions[of, at] = predictions
             self._reorder(work)
         return self._answers(work, [a.k for a in asked], self._excluded(asked, None))
 
@@ -155,12 +155,7 @@ class Recommender:
             mine = None if found is None else found[start:end]
             order = range(len(asked[r].items)) if mine is None else np.argsort(-mine, kind="stable")
             scored = [
-                Scored(
-                    item_id=asked[r].items[i],
-                    probability=None if mine is None else float(mine[i]),
-                    recall_score=None,
-                )
-                for i in order
+                self._scored(asked[r].items[i], None if mine is None else float(mine[i]), None) for i in order
             ]
             answers.append(self._answer(work, r, scored))
         return answers
@@ -252,10 +247,10 @@ class Recommender:
         return first[~np.isin(first, excluded)][:k]
 
     def _reorder(self, work: Work) -> None:
-        assert work.probabilities is not None
-        order = np.argsort(-work.probabilities, axis=1, kind="stable")  # ties as recall has them
+        assert work.predictions is not None
+        order = np.argsort(-work.predictions, axis=1, kind="stable")  # ties as recall has them
         work.rows = np.take_along_axis(work.rows, order, axis=1)
-        work.probabilities = np.take_along_axis(work.probabilities, order, axis=1)
+        work.predictions = np.take_along_axis(work.predictions, order, axis=1)
         if work.scores is not None:
             work.scores = np.take_along_axis(work.scores, order, axis=1)
 
@@ -264,24 +259,27 @@ class Recommender:
         answers = []
         for r, wanted in enumerate(k):
             rows = work.rows[r][work.rows[r] > 0][:wanted]
-            scored = [self._scored(work, r, i) for i in np.flatnonzero(work.rows[r])[:wanted]]
+            scored = [self._listed(work, r, i) for i in np.flatnonzero(work.rows[r])[:wanted]]
             if len(rows) < wanted:
                 more = self._popular(np.r_[forbidden[r], rows], wanted - len(rows))
-                scored += [
-                    Scored(item_id=self._ids[row], probability=None, recall_score=None) for row in more
-                ]
+                scored += [self._scored(self._ids[row], None, None) for row in more]
                 work.degraded[r].append("few_unseen_items")
             answers.append(self._answer(work, r, scored))
         return answers
 
-    def _scored(self, work: Work, r: int, i: int) -> Scored:
+    def _listed(self, work: Work, r: int, i: int) -> Scored:
         def of(values: np.ndarray | None) -> float | None:
             return None if values is None else float(values[r, i])
 
+        return self._scored(self._ids[work.rows[r, i]], of(work.predictions), of(work.scores))
+
+    def _scored(self, item_id: str, predicted: float | None, recall_score: float | None) -> Scored:
+        amount = self.bundle.ranking.model.predicts is not None
         return Scored(
-            item_id=self._ids[work.rows[r, i]],
-            probability=of(work.probabilities),
-            recall_score=of(work.scores),
+            item_id=item_id,
+            probability=None if amount else predicted,
+            expected_value=predicted if amount else None,
+            recall_score=recall_score,
         )
 
     def _answer(self, work: Work, r: int, scored: list[Scored]) -> Answer:

@@ -175,3 +175,21 @@ def test_past_rates_are_smoothed_log_odds() -> None:
     for prior in (0.0, 1.0):
         assert np.isfinite(transforms.past_rate(np.array([5]), np.array([5.0 * prior]), prior, 20)).all()
     assert transforms.past_count(np.array([0, 9])).tolist() == pytest.approx([0, math.log(10)])
+
+
+def test_quantiles_are_the_share_below_with_ties_in_the_middle() -> None:
+    points = transforms.distribution(np.array([5.0, 1.0, 5.0, 9.0, np.nan]), np.array([1, 1, 1, 1, 7]))
+    np.testing.assert_allclose(points, [[1, 0.125], [5, 0.5], [9, 0.875]])
+    column = pa.array([1.0, 3.0, 5.0, 100.0, None])
+    np.testing.assert_allclose(transforms.quantile(column, points, 1.0), [0.125, 0.3125, 0.5, 0.875, 0.5])
+    np.testing.assert_allclose(
+        transforms.quantile(column, points, 0.5) ** 2, transforms.quantile(column, points, 1.0), rtol=1e-6
+    )
+
+
+def test_many_values_are_thinned_and_stay_a_distribution() -> None:
+    values = np.random.default_rng(0).exponential(size=20_000)
+    points = transforms.distribution(values, np.ones(20_000), most=100)
+    assert len(points) <= 101 and (np.diff(points, axis=0) > 0).all()
+    share = transforms.quantile(pa.array(np.sort(values)), points, 1.0)
+    np.testing.assert_allclose(share, (np.arange(20_000) + 0.5) / 20_000, atol=0.005)  # half of 1 %

@@ -102,7 +102,21 @@ class Fans:
     lines: Sequence[Sequence[tuple[float, float]]]
 
 
-Plot = Curves | Reliability | Bars | Ranking | Parallel | Fans
+@dataclass(frozen=True)
+class Dots:
+    """A line per name, the largest value on top: each series' point, with a whisker of its spread if any.
+
+    points  series -> name -> (value, spread)
+    marks   what -> value: vertical lines
+    """
+
+    title: str
+    x_label: str
+    points: Mapping[str, Mapping[str, tuple[float, float]]]
+    marks: Mapping[str, float]
+
+
+Plot = Curves | Reliability | Bars | Ranking | Parallel | Fans | Dots
 
 
 def svg(plot: Plot, themed: bool = False) -> str:
@@ -123,6 +137,8 @@ def svg(plot: Plot, themed: bool = False) -> str:
                 _draw_parallel(axes, plot)
             case Fans():
                 _draw_fans(axes, plot)
+            case Dots():
+                _draw_dots(axes, plot)
         axes.set_title(plot.title, loc="left", fontsize=12, fontweight="bold", pad=10)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=themed, metadata={"Date": None})
@@ -255,6 +271,26 @@ def _draw_fans(axes: Axes, plot: Fans) -> None:
     axes.set(xlabel=plot.x_label, ylabel=plot.y_label)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.legend(loc="lower right")
+
+
+def _draw_dots(axes: Axes, plot: Dots) -> None:
+    highest: dict[str, float] = {}
+    for series in plot.points.values():
+        for name, (value, _) in series.items():
+            highest[name] = max(value, highest.get(name, value))
+    names = sorted(highest, key=highest.__getitem__)
+    for (what, value), style in zip(plot.marks.items(), (":", "--", "-."), strict=False):
+        axes.axvline(value, color=INK, linewidth=1, linestyle=style, label=what)
+    for color, (label, series) in zip(_cycle(len(plot.points)), plot.points.items(), strict=True):
+        values, spreads = zip(*series.values(), strict=True) if series else ((), ())
+        places = [names.index(name) for name in series]
+        axes.errorbar(
+            values, places, xerr=spreads, fmt="o", color=color, markersize=5, capsize=3, label=label
+        )
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set(xlabel=plot.x_label, ylim=(-0.6, len(names) - 0.4))
+    axes.grid(True, axis="both")
+    axes.legend(fontsize=8, loc="lower right")
 
 
 def _cycle(count: int) -> list[str]:

@@ -27,6 +27,7 @@ from typing import Any
 
 from jobs import results_page, scores
 from jobs.command import reported
+from jobs.prepare import summary
 from jobs.suite_runs import Bench, read_lines
 from jobs.suites import SUITES, Row, Suite
 from recsys_dist import plots, tracking
@@ -90,6 +91,7 @@ def main(argv: list[str]) -> None:
     out = Path(args.out)
     tracking.deliver_pending(out)
     prepared = prepare(args.suite.data.prepare(args.data_root), out / "data" / args.suite.data.name)
+    print(summary(prepared), flush=True)
     bench = Bench(
         args.suite, prepared, out, out / "results" / args.name, TrackingConfig(uri=args.tracking_uri)
     )

@@ -45,10 +45,14 @@ def replaced(text: str, section: str) -> str:
 
 
 def table(header: list[str], lines: Sequence[list[str]]) -> str:
-    """A Markdown table whose columns line up as plain text too."""
-    widths = [max(3, *(len(line[at]) for line in (header, *lines))) for at in range(len(header))]
-    rows = [header, ["-" * width for width in widths], *lines]
-    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    """A Markdown table that lines up as plain text too; columns in which no line has anything are dropped."""
+    widths = {
+        at: max(3, *(len(line[at]) for line in (header, *lines)))
+        for at in range(len(header))
+        if any(line[at] for line in lines)
+    }
+    rows = [header, ["-" * widths.get(at, 0) for at in range(len(header))], *lines]
+    padded = [[row[at].ljust(width) for at, width in widths.items()] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in padded)
 
 
@@ -77,12 +81,13 @@ def _lines(result: Mapping[str, Any]) -> list[list[str]]:
 def _ours(row: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
     metrics, counts = result["metrics"], row["parameters"]
     published = result["published"].get(row["row"])
+    over = row["metrics"][metrics[0]]["mean"] - published[0] if published else 0.0
     seeds = ", ".join(map(str, row["seeds"]))
     return [
         f"**{row['row']}**",
         f"seed{'s' if len(row['seeds']) > 1 else ''} {seeds}",
         *(_spread(row["metrics"][metric]) for metric in metrics),
-        f"{row['metrics'][metrics[0]]['mean'] - published[0]:+.4f}" if published else "",
+        f"{'-' if over < 0 else '+'}{number(abs(over))}" if published else "",
         ", ".join(map(str, row["epochs"])),
         f"{row['seconds']['mean']:,.0f}",
         f"{counts['dense'] + counts['tables']:,}",

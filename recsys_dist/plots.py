@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 # Okabe & Ito's palette: told apart by colour-blind readers too.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 INK, GRID = "#1f2328", "#d7dbe0"
+_DOTS_SPAN = 5  # times the distance from the best to the middle: how far to the left Dots go
 STYLE: dict[Any, Any] = {  # matplotlib types its keys as literals
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -106,7 +107,7 @@ class Fans:
 class Dots:
     """A line per name, the largest value on top: each series' point, with a whisker of its spread if any.
 
-    points  series -> name -> (value, spread)
+    points  series -> name -> (value, spread), none empty; a name tells the value of its first series
     marks   what -> value: vertical lines
     """
 
@@ -274,23 +275,28 @@ def _draw_fans(axes: Axes, plot: Fans) -> None:
 
 
 def _draw_dots(axes: Axes, plot: Dots) -> None:
-    highest: dict[str, float] = {}
+    first: dict[str, float] = {}
     for series in plot.points.values():
-        for name, (value, _) in series.items():
-            highest[name] = max(value, highest.get(name, value))
-    names = sorted(highest, key=highest.__getitem__)
-    for (what, value), style in zip(plot.marks.items(), (":", "--", "-."), strict=False):
+        first = {name: value for name, (value, _) in series.items()} | first
+    names = sorted(first, key=first.__getitem__)
+    for (what, value), style in zip(plot.marks.items(), (":", "--", "-.", "-"), strict=False):
         axes.axvline(value, color=INK, linewidth=1, linestyle=style, label=what)
     for color, (label, series) in zip(_cycle(len(plot.points)), plot.points.items(), strict=True):
-        values, spreads = zip(*series.values(), strict=True) if series else ((), ())
+        values, spreads = zip(*series.values(), strict=True)
         places = [names.index(name) for name in series]
         axes.errorbar(
-            values, places, xerr=spreads, fmt="o", color=color, markersize=5, capsize=3, label=label
+            values, places, xerr=spreads, fmt="o", color=color, markersize=4, capsize=3, label=label
         )
-    axes.set_yticks(range(len(names)), names, fontsize=8)
+    top, middle = first[names[-1]], first[names[len(names) // 2]]
+    if first[names[0]] < (edge := top - _DOTS_SPAN * (top - middle)):
+        axes.set_xlim(
+            left=edge
+        )  # what is far behind would press all others together; its value is in its name
+    axes.set_yticks(range(len(names)), [f"{name}  {first[name]:.4f}" for name in names], fontsize=7)
+    axes.tick_params(axis="x", labelsize=8)
     axes.set(xlabel=plot.x_label, ylim=(-0.6, len(names) - 0.4))
     axes.grid(True, axis="both")
-    axes.legend(fontsize=8, loc="lower right")
+    axes.get_figure(root=True).legend(fontsize=8, loc="outside lower center", ncols=3)  # type: ignore[union-attr]
 
 
 def _cycle(count: int) -> list[str]:

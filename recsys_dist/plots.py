@@ -287,11 +287,11 @@ def _draw_dots(axes: Axes, plot: Dots) -> None:
         axes.errorbar(
             values, places, xerr=spreads, fmt="o", color=color, markersize=4, capsize=3, label=label
         )
-    top, middle = first[names[-1]], first[names[len(names) // 2]]
-    if first[names[0]] < (edge := top - _DOTS_SPAN * (top - middle)):
-        axes.set_xlim(
-            left=edge
-        )  # what is far behind would press all others together; its value is in its name
+    top, middle = first[names[-1]], first[names[(len(names) - 1) // 2]]
+    edge = top - _DOTS_SPAN * (top - middle)
+    if first[names[0]] < edge:  # what is far behind would press the others together; its name has its value
+        right = max(axes.dataLim.x1, *plot.marks.values(), top)
+        axes.set_xlim(edge, right + 0.05 * (right - edge))
     axes.set_yticks(range(len(names)), [f"{name}  {first[name]:.4f}" for name in names], fontsize=7)
     axes.tick_params(axis="x", labelsize=8)
     axes.set(xlabel=plot.x_label, ylim=(-0.6, len(names) - 0.4))

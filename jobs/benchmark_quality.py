@@ -12,8 +12,9 @@ Prepares the suite's data once, then trains and evaluates each (model, seed); wh
 again. Killed anywhere, the same command goes on. A model whose settings were changed in jobs/suites.py or
 jobs/recipes.py is run anew. Models are named as in the suite's table, or by their recipe.
 
-Settings are chosen on validation: --try trains without refitting, never looks at test, and adds a line to
-docs/tried/SUITE.jsonl, which the results show; what proved best goes into jobs/suites.py by hand.
+Settings are chosen on validation: --try trains without refitting, neither looks at test nor shows it, and
+adds a line to docs/tried/SUITE.jsonl, which the results list. What proved best goes into jobs/suites.py by
+hand.
 
 Written: OUT/results/SUITE with a record per (model, seed) and plots; runs in OUT/models and OUT/mlflow.db.
 """
@@ -65,6 +66,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if args.name not in SUITES:
         raise ConfigError(f"suite {args.name!r} does not exist{nearest(args.name, list(SUITES))}")
+    if args.tries and (args.json or args.write):
+        raise ConfigError("--try looks at validation alone; write the results by a command without it")
     args.suite = SUITES[args.name]
     args.rows = chosen(args.suite, args.models)
     args.seeds = range(args.suite.seeds if args.seeds is None else args.seeds)
@@ -99,9 +102,10 @@ def main(argv: list[str]) -> None:
     if args.tries is not None:
         for row, seed, words in told(args, args.tries):
             print(bench.try_out(row, seed, words.split(), args.words, tried), flush=True)
-    else:
-        for row, seed, _ in told(args, [""]):
-            print(bench.score(row, seed, args.words), flush=True)
+        print(f"\n{results_page.tried(read_lines(tried))}\n\nwritten: {tried}")
+        return
+    for row, seed, _ in told(args, [""]):
+        print(bench.score(row, seed, args.words), flush=True)
     result = scores.summarise(args.name, args.suite, bench.records(), read_lines(tried))
     print("\n" + publish(result, bench.results, args))
 

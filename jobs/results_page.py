@@ -25,7 +25,7 @@ def section(result: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
         table(_header(result), _lines(result)),
         table(["", "asked", "reached", ""], [_goal(goal) for goal in result["goals"]]),
         *(f"![{result['suite']}]({picture})" for picture in pictures),
-        *_tried(result["tried"]),
+        *_folded(result["tried"]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -112,20 +112,22 @@ def _goal(goal: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _tried(tried: Sequence[Mapping[str, Any]]) -> list[str]:
+def _folded(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    summary = f"<details><summary>Tried on validation: {len(lines)} runs</summary>"
+    return [summary, tried(lines), "</details>"] if lines else []
+
+
+def tried(found: Sequence[Mapping[str, Any]]) -> str:
     """What was tried on validation: each row's best first, by the settings in which its tries differ."""
     lines = []
-    for row in dict.fromkeys(line["row"] for line in tried):
-        tries = [line for line in tried if line["row"] == row]
+    for row in dict.fromkeys(line["row"] for line in found):
+        tries = [line for line in found if line["row"] == row]
         keys = sorted({key for line in tries for key in line["settings"]})
         differing = [k for k in keys if len({line["settings"].get(k) for line in tries}) > 1]
         for line in sorted(tries, key=lambda line: -line["value"]):
             said = ", ".join(f"{k}={line['settings'].get(k, 'default')}" for k in differing)
             lines.append([row, said, str(line["seed"]), title(line["metric"]), number(line["value"])])
-    if not lines:
-        return []
-    summary = f"<details><summary>Tried on validation: {len(lines)} runs</summary>"
-    return [summary, table(["", "settings that differ", "seed", "", "on validation"], lines), "</details>"]
+    return table(["", "settings that differ", "seed", "", "on validation"], lines)
 
 
 def title(metric: str) -> str:

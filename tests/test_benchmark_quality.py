@@ -184,6 +184,8 @@ def test_the_command_line() -> None:
     assert [row.name for row in job.chosen(SUITE, "wide_deep")] == ["DCN", "DCNv2", "MLP"]
     with pytest.raises(ConfigError, match="suite 'frape' does not exist; did you mean 'frappe'"):
         job.parse(["--suite", "frape"])
+    with pytest.raises(ConfigError, match="--try looks at validation alone"):
+        job.parse(["--suite", "frappe", "--try", "", "--write", "results.md"])
     with pytest.raises(ConfigError, match="model 'dcn2' is not in the suite; did you mean 'dcnv2'"):
         job.chosen(SUITE, "MLP,dcn2")
 

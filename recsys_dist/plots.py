@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 # Okabe & Ito's palette: told apart by colour-blind readers too.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 INK, GRID = "#1f2328", "#d7dbe0"
+_DOTS_SPAN = 5  # times the distance from the best to the middle: how far to the left Dots go
 STYLE: dict[Any, Any] = {  # matplotlib types its keys as literals
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -102,7 +103,21 @@ class Fans:
     lines: Sequence[Sequence[tuple[float, float]]]
 
 
-Plot = Curves | Reliability | Bars | Ranking | Parallel | Fans
+@dataclass(frozen=True)
+class Dots:
+    """A line per name, the largest value on top: each series' point, with a whisker of its spread if any.
+
+    points  series -> name -> (value, spread), none empty; a name tells the value of its first series
+    marks   what -> value: vertical lines
+    """
+
+    title: str
+    x_label: str
+    points: Mapping[str, Mapping[str, tuple[float, float]]]
+    marks: Mapping[str, float]
+
+
+Plot = Curves | Reliability | Bars | Ranking | Parallel | Fans | Dots
 
 
 def svg(plot: Plot, themed: bool = False) -> str:
@@ -123,6 +138,8 @@ def svg(plot: Plot, themed: bool = False) -> str:
                 _draw_parallel(axes, plot)
             case Fans():
                 _draw_fans(axes, plot)
+            case Dots():
+                _draw_dots(axes, plot)
         axes.set_title(plot.title, loc="left", fontsize=12, fontweight="bold", pad=10)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=themed, metadata={"Date": None})
@@ -255,6 +272,31 @@ def _draw_fans(axes: Axes, plot: Fans) -> None:
     axes.set(xlabel=plot.x_label, ylabel=plot.y_label)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.legend(loc="lower right")
+
+
+def _draw_dots(axes: Axes, plot: Dots) -> None:
+    first: dict[str, float] = {}
+    for series in plot.points.values():
+        first = {name: value for name, (value, _) in series.items()} | first
+    names = sorted(first, key=first.__getitem__)
+    for (what, value), style in zip(plot.marks.items(), (":", "--", "-.", "-"), strict=False):
+        axes.axvline(value, color=INK, linewidth=1, linestyle=style, label=what)
+    for color, (label, series) in zip(_cycle(len(plot.points)), plot.points.items(), strict=True):
+        values, spreads = zip(*series.values(), strict=True)
+        places = [names.index(name) for name in series]
+        axes.errorbar(
+            values, places, xerr=spreads, fmt="o", color=color, markersize=4, capsize=3, label=label
+        )
+    top, middle = first[names[-1]], first[names[(len(names) - 1) // 2]]
+    edge = top - _DOTS_SPAN * (top - middle)
+    if first[names[0]] < edge:  # what is far behind would press the others together; its name has its value
+        right = max(axes.dataLim.x1, *plot.marks.values(), top)
+        axes.set_xlim(edge, right + 0.05 * (right - edge))
+    axes.set_yticks(range(len(names)), [f"{name}  {first[name]:.4f}" for name in names], fontsize=7)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set(xlabel=plot.x_label, ylim=(-0.6, len(names) - 0.4))
+    axes.grid(True, axis="both")
+    axes.get_figure(root=True).legend(fontsize=8, loc="outside lower center", ncols=3)  # type: ignore[union-attr]
 
 
 def _cycle(count: int) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from recsys_dist.plots import Bars, Curves, Fans, Parallel, Plot, Ranking, Reliability, save, svg
+from recsys_dist.plots import Bars, Curves, Dots, Fans, Parallel, Plot, Ranking, Reliability, save, svg
 from recsys_dist.report import Ledger, Story, recall_bars, write
 
 REPORT: dict[str, Any] = {
@@ -131,6 +131,17 @@ def test_figures_of_a_sweep(best: int | None) -> None:
     assert texts.index("lr") < texts.index("dropout") and {"0.75", "0.25"} <= set(texts)
     fans = Fans("Rungs", "part", "auc", [[(0.25, 0.5)], [(0.25, 0.6), (1.0, 0.7)]])
     assert "100%" in "".join(ElementTree.fromstring(svg(fans)).itertext())
+
+
+def test_figures_of_a_benchmark() -> None:
+    ours = {"DIN": (0.75, 0.01), "MLP": (0.72, 0.0)}
+    dots = Dots(
+        "Suite", "auc", {"ours": ours, "published": {"DIN": (0.74, 0.0), "SAM": (0.76, 0.0)}}, {"aim": 0.77}
+    )
+    texts = [text.strip() for text in ElementTree.fromstring(svg(dots)).itertext()]
+    names = ["MLP  0.7200", "DIN  0.7500", "SAM  0.7600"]
+    assert [text for text in texts if text in names] == names  # upwards, ours before theirs
+    assert {"ours", "published", "aim", "auc"} <= set(texts)
 
 
 def test_themed_figures_follow_the_page() -> None:

@@ -1,6 +1,6 @@
 """What one training run is: a frozen config, checked as a whole before anything starts."""
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, SerializeAsAny, field_validator
 
@@ -12,12 +12,13 @@ from recsys_dist.schema import Schema
 from recsys_dist.train.optim import OptimizerConfig
 from recsys_dist.train.sharding import ShardingConfig
 
-# Metrics to choose an epoch by, and whether more is better.
-METRICS: dict[str, bool] = {"auc": True, "gauc": True, "logloss": False, "recall@100": True, "ndcg@100": True}
+# Metrics to choose an epoch by, the default first; those of recall are at a cut, as in ndcg@20.
 TASK_METRICS: dict[Task, tuple[str, ...]] = {
     "ranking": ("auc", "gauc", "logloss"),
-    "recall": ("recall@100", "ndcg@100"),
+    "recall": ("recall", "user_recall", "ndcg"),
 }
+LESS_IS_BETTER = ("logloss",)
+_RECALL_AT = 100  # the default cut
 
 # What may change between two starts of one run: where and how it computes, not what.
 _NOT_IDENTITY = (
@@ -44,8 +45,10 @@ class TrainConfig(Config):
     )
     epochs: int = Field(5, ge=1, description="at most; the best one on the validation days is kept")
     patience: int = Field(1, ge=1, description="epochs without a better metric before stopping")
-    metric: Literal["auc", "gauc", "logloss", "recall@100", "ndcg@100"] | None = Field(
-        None, description="chooses the epoch; default: auc for ranking, recall@100 for recall"
+    metric: str | None = Field(
+        None,
+        pattern=r"^(auc|gauc|logloss|(recall|user_recall|ndcg)@[1-9]\d*)$",
+        description="chooses the epoch; default: auc for ranking, recall@100 (any cut will do) for recall",
     )
     refit: bool = Field(True, description="train anew on train + validation days for the chosen epochs")
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -72,22 +75,32 @@ class TrainConfig(Config):
     @property
     def chosen_metric(self) -> str:
         """The metric that chooses the epoch; ConfigError where it is not one of the model's task."""
-        known = TASK_METRICS[self.task]
+        cut = f"@{_RECALL_AT}" if self.task == "recall" else ""
+        known = [f"{name}{cut}" for name in TASK_METRICS[self.task]]
         metric = self.metric or known[0]
-        if metric not in known:
+        if metric.partition("@")[0] not in TASK_METRICS[self.task]:
             raise ConfigError(
                 f"metric {metric!r} is not one of a {self.task} model; take {' or '.join(known)}"
             )
         return metric
 
     @property
+    def recall_at(self) -> int:
+        """Length of the lists that choose the epoch of a recall model: the metric's cut."""
+        return int(self.chosen_metric.partition("@")[2])
+
+    @property
     def rows_per_worker(self) -> int:
         return exact_div(self.batch_rows, self.num_workers, "batch_rows", "num_workers")
 
+    def identity(self) -> dict[str, Any]:
+        """What is learned and how, whatever computes it and wherever the data are."""
+        values = self.model_dump(mode="json")
+        return {key: value for key, value in values.items() if key not in _NOT_IDENTITY}
+
     def run_digest(self, data_digest: str) -> str:
         """Identity of the run: the same again, on the same data, is the same run, to be continued."""
-        values = self.model_dump(mode="json")
-        return digest([data_digest, {k: v for k, v in values.items() if k not in _NOT_IDENTITY}])
+        return digest([data_digest, self.identity()])
 
     def inputs(self, prepared: Prepared) -> Schema:
         """What the model reads of the prepared data, with the label to learn; ConfigError where it cannot."""

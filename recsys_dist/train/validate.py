@@ -14,8 +14,6 @@ from recsys_dist.metrics import RankingState, RetrievalState
 from recsys_dist.models.protocol import RankModel, RecallModel
 from recsys_dist.schema import Schema
 
-RECALL_AT = 100  # length of the lists that choose an epoch of a recall model
-
 
 def padded(table: pa.Table | None, schema: Schema, idle: Batch) -> Batch:
     """The rows of a table, padded to as many as `idle` has; `idle` itself for no table."""
@@ -54,13 +52,13 @@ def item_vectors(model: RecallModel) -> torch.Tensor:
 
 @torch.no_grad()
 def recall_users(
-    model: RecallModel, item_ID: torch.Tensor, table: pa.Table | None, schema: Schema, idle: Batch
+    model: RecallModel, item_ID: torch.Tensor, table: pa.Table | None, schema: Schema, idle: Batch, k: int
 ) -> RetrievalState | None:
-    """Lists of the table's users against their `truth`, with `seen` items masked; all workers call it."""
+    """Lists of k items for the table's users against `truth`, `seen` ones masked; all workers call it."""
     user_BD = model.forward(padded(table, schema, idle))
     if table is None:
         return None
-    top_UK = top_items(user_BD[: len(table)] @ item_ID.T, RECALL_AT, csr(table["seen"]))
+    top_UK = top_items(user_BD[: len(table)] @ item_ID.T, k, csr(table["seen"]))
     return RetrievalState.of(top_UK, *csr(table["truth"]), len(item_ID))
 
 

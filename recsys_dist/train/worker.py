@@ -29,9 +29,9 @@ from recsys_dist.train import checkpoint as checkpoints
 from recsys_dist.train.checkpoint import Checkpoint, Manifest
 from recsys_dist.train.loop import Epoch, Loss, Totals, Workers, idle_batch
 from recsys_dist.train.progress import Progress
-from recsys_dist.train.settings import METRICS, TrainConfig
+from recsys_dist.train.settings import LESS_IS_BETTER, TrainConfig
 from recsys_dist.train.sharding import ShardedModel, shard
-from recsys_dist.train.validate import RECALL_AT, item_vectors, ranked_rows, recall_users
+from recsys_dist.train.validate import item_vectors, ranked_rows, recall_users
 
 RESULT = "result.json"
 FAILURE = "failure.json"  # why training cannot go on: written by a worker, read by the driver
@@ -70,7 +70,7 @@ def train_worker(values: dict[str, Any]) -> None:
 def best_epoch(history: list[dict[str, Any]], metric: str) -> int:
     """Number (from 1) of the first epoch that no other beats."""
     values = np.array([entry[metric] for entry in history])
-    return int(np.nanargmax(values if METRICS[metric] else -values)) + 1
+    return int(np.nanargmax(-values if metric in LESS_IS_BETTER else values)) + 1
 
 
 class Run:
@@ -233,9 +233,9 @@ class Run:
             states = [ranked_rows(model, table, self.schema, self.idle) for table in batches]
             settings: tuple[Any, ...] = ()
         else:
-            item_ID = item_vectors(model)
-            states = [recall_users(model, item_ID, table, self.schema, self.idle) for table in batches]
-            settings = ((RECALL_AT,),)
+            item_ID, k = item_vectors(model), self.cfg.recall_at
+            states = [recall_users(model, item_ID, table, self.schema, self.idle, k) for table in batches]
+            settings = ((k,),)
         scored = [s for s in states if s is not None]
         first, *others = [s for theirs in self.workers.gather(scored) for s in theirs]
         return self.workers.agree(first.merge(*others).compute(*settings) if self.workers.rank == 0 else {})

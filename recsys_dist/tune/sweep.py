@@ -22,7 +22,7 @@ from recsys_dist.data.output import sole_writer
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import ConfigError, NonFiniteLossError, RecsysError, TrainError
 from recsys_dist.train import trainer
-from recsys_dist.train.settings import METRICS, TrainConfig
+from recsys_dist.train.settings import LESS_IS_BETTER, TrainConfig
 from recsys_dist.train.worker import best_epoch
 from recsys_dist.tune.ledger import Job, Ledger, Plan, Result, next_check, next_job
 from recsys_dist.tune.space import Space, Values, settings
@@ -54,7 +54,7 @@ class SweepConfig(Config):
 
     @property
     def plan(self) -> Plan:
-        return Plan(self.trials, self.rungs, self.keep, METRICS[self.train.chosen_metric])
+        return Plan(self.trials, self.rungs, self.keep, self.train.chosen_metric not in LESS_IS_BETTER)
 
     def directory(self, prepared: Prepared, out: str | Path) -> Path:
         """Where the sweep lives, below `out`: named after all that it means, how long it runs aside."""

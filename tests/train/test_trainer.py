@@ -100,11 +100,10 @@ def test_a_run_from_shards_to_a_checkpoint(data, tmp_path):
 @pytest.mark.ray
 @pytest.mark.e2e
 def test_a_recall_model_is_validated_over_the_whole_catalogue_and_refitted(data, tmp_path):
-    cfg = config(
-        data, model={"name": "youtubednn", "embedding_dim": 8, "output_dim": 8, "negatives": 16}, epochs=1
-    )
+    model = {"name": "youtubednn", "embedding_dim": 8, "output_dim": 8, "negatives": 16}
+    cfg = config(data, model=model, epochs=1, metric="ndcg@20")
     result = trainer.fit(cfg, tmp_path)
-    assert 0 < result.history[0]["recall@100"] <= 1
+    assert 0 < result.history[0]["recall@20"] <= 1 and 0 < result.history[0]["ndcg@20"] <= 1
     assert (result.history[0]["users"], result.history[0]["pairs"]) == (30, 60)
     _, manifest = load_for_inference(result.checkpoint)
     assert manifest.phase == "refit"
@@ -186,6 +185,10 @@ def test_settings_that_do_not_go_together_are_refused_before_anything_starts(dat
 
     assert "batch_rows=64 is not divisible by num_workers=3; nearest is 63" in message(num_workers=3)
     assert "'recall@100' is not one of a ranking model; take auc or" in message(metric="recall@100")
+    assert "'auc' is not one of a recall model; take recall@100 or" in message(
+        model={"name": "youtubednn"}, metric="auc"
+    )
+    assert "'metric'" in message(metric="recall@0")
     assert "did you mean 'click'" in message(label="clik")
     assert "did you mean 'wide_deep'" in message(model={"name": "wide_dep"})
     assert "did you mean 'hidden'" in message(model={"name": "wide_deep", "hiden": [1]})

@@ -133,14 +133,8 @@ class RecallModel(Model, Protocol):
         ...
 
 
-SHARED = (
-    "protocol",
-    "layers",
-    "losses",
-    "ranking",
-    "recall",
-    "pairs",
-)  # files of `models/` that are no model
+# Files of `models/` that are no model.
+SHARED = ("calibration", "layers", "losses", "pairs", "protocol", "ranking", "recall")
 
 
 def model_names() -> list[str]:

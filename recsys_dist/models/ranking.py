@@ -16,6 +16,7 @@ from recsys_dist.batch import Batch
 from recsys_dist.config import Config, nearest
 from recsys_dist.errors import ConfigError
 from recsys_dist.models import losses
+from recsys_dist.models.calibration import Calibration
 from recsys_dist.models.layers import DIM_UNIT, MLP, Activation, Norm, embedding_tables, normal, table_rows
 from recsys_dist.models.protocol import ModelConfig, Task
 from recsys_dist.schema import IdFeature, Schema, SingleId
@@ -78,6 +79,7 @@ class Ranker(nn.Module):
     def __init__(self, cfg: RankConfig, schema: Schema) -> None:
         super().__init__()
         self.objective = cfg.objective
+        self.calibration = Calibration()
         self.label = schema.ranking_label
         self.outputs = 1 + len(cfg.objective.tasks)
         self.kinds = {label.name: label.kind for label in schema.labels}
@@ -105,8 +107,9 @@ class Ranker(nn.Module):
         raise NotImplementedError
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """[B] logits of the label."""
-        return self.logits(batch)[:, 0]
+        """[B] logits of the label; in evaluation mode calibrated ones."""
+        logit_B = self.logits(batch)[:, 0]
+        return logit_B if self.training else self.calibration(logit_B)
 
     def prediction(self, logit_B: torch.Tensor) -> torch.Tensor:
         """[B] probability of the label."""

@@ -95,7 +95,7 @@ class Model(Ranker):
         for name, sides in self.wide_sides.items():
             if len(sides) > 1:
                 logit = logit + self._wide(name, crosses[name])
-        return logit
+        return self.calibration(logit)
 
     def _deep(self, name: str, ids: JaggedTensor) -> torch.Tensor:
         """[n, D] embedding of a deep feature, of an unsharded model."""

@@ -69,7 +69,7 @@ class Model(Ranker):
         clicked_B = batch.labels[self.label]
         amount_B = clicked_B * batch.labels[self.predicts] / self.cfg.unit
         negative_B = torch.ones_like(clicked_B) if self.cfg.count_all else 1 - clicked_B
-        return weighted_logistic(self(batch), amount_B, negative_B)
+        return weighted_logistic(self.logits(batch)[:, 0], amount_B, negative_B)
 
     def prediction(self, logit_B: torch.Tensor) -> torch.Tensor:
         """[B] expected value, in the label's own unit."""

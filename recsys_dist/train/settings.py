@@ -9,6 +9,7 @@ from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import ConfigError
 from recsys_dist.models.protocol import ModelConfig, Task, model_module
 from recsys_dist.schema import Schema
+from recsys_dist.train.calibrate import Kind as CalibrationKind
 from recsys_dist.train.optim import OptimizerConfig
 from recsys_dist.train.sharding import ShardingConfig
 
@@ -51,6 +52,11 @@ class TrainConfig(Config):
         description="chooses the epoch; default: auc for ranking, recall@100 (any cut will do) for recall",
     )
     refit: bool = Field(True, description="train anew on train + validation days for the chosen epochs")
+    calibration: CalibrationKind = Field(
+        "platt",
+        description="of a ranker's probabilities, fitted on the validation days that chose the epoch; it "
+        "changes no order",
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     sharding: ShardingConfig = ShardingConfig()
     num_workers: int = Field(1, ge=1)

@@ -7,7 +7,7 @@ from its newest whole checkpoint. All workers take every decision alike, from wh
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from recsys_dist.data.feed import Feed, Piece, deal, newest_rows, shuffled
 from recsys_dist.data.output import write_text
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import CheckpointError, NonFiniteLossError, RecsysError
+from recsys_dist.models.calibration import Points
 from recsys_dist.models.protocol import Catalogue, model_module
 from recsys_dist.train import checkpoint as checkpoints
+from recsys_dist.train.calibrate import fit
 from recsys_dist.train.checkpoint import Checkpoint, Manifest
 from recsys_dist.train.loop import Epoch, Loss, Totals, Workers, idle_batch
 from recsys_dist.train.progress import Progress
@@ -40,12 +42,13 @@ RESERVE = "failure.reserve"  # gives way to FAILURE, so that a full disk can be 
 
 @dataclass(frozen=True)
 class Phase:
-    """Splits to train on, a split to validate on or None, and how many epochs at most."""
+    """Splits to train on, a split to validate on or None, epochs at most, and a calibration to begin with."""
 
     name: str
     train: tuple[str, ...]
     valid: str | None
     epochs: int
+    calibration: Points = field(default_factory=list)
 
 
 def train_worker(values: dict[str, Any]) -> None:
@@ -95,7 +98,9 @@ class Run:
         epoch = best_epoch(history, self.cfg.chosen_metric)
         trained = list(history)
         if self.cfg.refit:
-            refit = self.run(Phase("refit", (train, valid), None, epoch))
+            # a refitted model has no rows of its own left to calibrate on; it takes the map of its twin
+            points = history[epoch - 1].get("calibration", [])
+            refit = self.run(Phase("refit", (train, valid), None, epoch, points))
             final, trained = refit.path, [*history, *refit.manifest.history]
         else:
             final = next((self.path / "choose").glob(f"epoch-{epoch:04d}-*"))
@@ -122,6 +127,7 @@ class Run:
         sharded = self._build(catalogue)
         if newest is not None:
             checkpoints.load(newest, sharded)
+        self._calibrate(sharded.inner(), phase.calibration)
         manifest = newest.manifest if newest else self._manifest(phase)
         train, valid = self._pieces(phase)
         epochs = {e: shuffled(train, self.cfg.seed, e) for e in range(done + 1, phase.epochs + 1)}
@@ -220,11 +226,17 @@ class Run:
 
     def _validate(
         self, phase: Phase, feed: Feed, pieces: list[Piece], sharded: ShardedModel
-    ) -> dict[str, float]:
-        """Exact metrics over all workers' rows, alike on all of them. Collective."""
+    ) -> dict[str, Any]:
+        """Exact metrics over all workers' rows, alike on all of them. Collective.
+
+        A ranker is calibrated on them too: `calibration` are the points of the map, which the model takes.
+        """
         if phase.valid is None:
             return {}
         model = sharded.inner().eval()
+        self._calibrate(
+            model, []
+        )  # metrics, and what the next map is fitted on, are of the model's own scores
         tables = feed.take(pieces, self.idle.rows)
         steps = max(self.workers.gather(-(-sum(piece.rows for piece in pieces) // self.idle.rows)))
         batches = (next(tables, None) for _ in range(steps))  # lookups are collective: equally many for all
@@ -238,7 +250,22 @@ class Run:
             settings = ((k,),)
         scored = [s for s in states if s is not None]
         first, *others = [s for theirs in self.workers.gather(scored) for s in theirs]
-        return self.workers.agree(first.merge(*others).compute(*settings) if self.workers.rank == 0 else {})
+        found: dict[str, Any] = {}
+        if self.workers.rank == 0:
+            merged = first.merge(*others)
+            found = merged.compute(*settings)
+            if self._calibrated(model):
+                found["calibration"] = fit(self.cfg.calibration, merged.scores, merged.labels)
+        found = self.workers.agree(found)
+        self._calibrate(model, found.get("calibration", []))
+        return found
+
+    def _calibrated(self, model: Any) -> bool:
+        return self.cfg.task == "ranking" and model.predicts is None
+
+    def _calibrate(self, model: Any, points: Points) -> None:
+        if self._calibrated(model):
+            model.calibration.set(points)
 
     def _commit(
         self, phase: Phase, sharded: ShardedModel, catalogue: Catalogue, manifest: Manifest

@@ -61,6 +61,16 @@ def assert_same(one: Path, other: Path) -> None:
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
 
+def assert_calibrated(checkpoint: Path, entry: dict) -> None:
+    """By the map that was fitted on the validation rows of the chosen epoch."""
+    found = weights(checkpoint)
+    points = np.array(entry["calibration"])
+    assert points.shape == (2, 2)
+    np.testing.assert_array_equal(
+        points, np.stack([found["calibration.x_K"], found["calibration.y_K"]], 1)[:2]
+    )
+
+
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.ray
 @pytest.mark.e2e
@@ -78,6 +88,8 @@ def test_a_run_from_shards_to_a_checkpoint(data, tmp_path):
 
     model, manifest = load_for_inference(result.checkpoint)  # the same metric, recomputed in one process
     assert manifest.epoch == result.chosen_epoch
+    assert_calibrated(result.checkpoint, best)
+    model.calibration.set([])  # the metrics are of the model's own scores
     tables = [pq.read_table(file) for file in Prepared.open(data).files("ranking/valid")]
     states = [
         RankingState(
@@ -132,6 +144,8 @@ trainer.fit(TrainConfig.parse({cfg.model_dump(mode="json")!r}), {str(tmp_path / 
     assert not (run / "result.json").exists()
     resumed = trainer.fit(cfg, tmp_path / "b")
     assert_same(uninterrupted.checkpoint, resumed.checkpoint)
+    assert resumed.checkpoint.parent.name == "refit"
+    assert_calibrated(resumed.checkpoint, resumed.history[resumed.chosen_epoch - 1])
     assert [e["auc"] for e in resumed.history] == [e["auc"] for e in uninterrupted.history]
 
 

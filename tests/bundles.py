@@ -20,6 +20,7 @@ from recsys_dist.data.split import SPLITS, Split
 from recsys_dist.evaluate import EvaluateConfig, evaluate_ranking, evaluate_recall, load_trained
 from recsys_dist.models.protocol import Catalogue, model_module
 from recsys_dist.train import checkpoint as checkpointing
+from recsys_dist.train.catalogue import catalogue_of
 from recsys_dist.train.loop import Epoch, Loss, Workers, idle_batch
 from recsys_dist.train.settings import TrainConfig
 from recsys_dist.train.sharding import ShardedModel, shard
@@ -107,11 +108,10 @@ def _resave(_rank: int, data: str, checkpoints: dict[str, Path], root: str, work
 
 def _sharded(cfg: TrainConfig) -> tuple[ShardedModel, Catalogue]:
     prepared = Prepared.open(cfg.data)
-    items = prepared.items
-    positives = items["train_positives"].to_numpy() + items["valid_positives"].to_numpy()
-    catalogue = Catalogue(torch.from_numpy(np.r_[0, positives]))
+    schema = cfg.inputs(prepared)
+    catalogue = catalogue_of(prepared, schema, ("train", "valid"))
     torch.manual_seed(cfg.seed)
-    model = model_module(cfg.model.name).Model(cfg.model, cfg.inputs(prepared), catalogue)
+    model = model_module(cfg.model.name).Model(cfg.model, schema, catalogue)
     return shard(Loss(model), model.table_groups(), cfg.optimizer, cfg.sharding, cfg.seed), catalogue
 
 

@@ -75,12 +75,13 @@ def prepare(path: Path, log: pa.Table | None = None) -> Prepared:
     return Prepared.open(path)
 
 
-def train_pair(prepared: Prepared, root: Path) -> dict[str, Path]:
-    """Checkpoints by task, by one worker: this process."""
+def train_pair(prepared: Prepared, root: Path, **models: dict[str, Any]) -> dict[str, Path]:
+    """Checkpoints by task, by one worker: this process. `models` replaces MODELS by task."""
     root.mkdir(parents=True, exist_ok=True)
     dist.init_process_group("gloo", init_method=(root / "store").as_uri(), rank=0, world_size=1)
     try:
-        return {task: _train(config(prepared, task), root / task) for task in MODELS}
+        chosen = MODELS | models
+        return {task: _train(config(prepared, task, model=chosen[task]), root / task) for task in chosen}
     finally:
         dist.destroy_process_group()
 

@@ -1,7 +1,7 @@
 """Two-tower recall: a deep tower for users, one for items, and the cosine between what they give.
 
-    s(x, y) = cos( u(x), v(y) ) / τ                       Huang et al. 2013 (DSSM, CIKM, eq. 4 and 5)
-    s'(x, j) = s(x, j) - log Q_j                                           Yi et al. 2019 (RecSys), §3
+    s(x, y) = cos( u(x), v(y) ) / τ           Huang et al. 2013 (DSSM, CIKM, doi 10.1145/2505515.2505665)
+    s'(x, j) = s(x, j) - log Q_j                   Yi et al. 2019 (RecSys, doi 10.1145/3298689.3346996)
     L_b = -log exp s'(x_b, y_b) / ( exp s'(x_b, y_b) + Σ_{j in batch} w_j exp s'(x_b, y_j)
                                                      + Σ_{j drawn}        exp s'(x_b, y_j) )
     Q_j = W p_j + S r_j

@@ -24,7 +24,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         for name in ("lr", "fm", "mlp", "deep_crossing", "dcn", "deepfm", "dlrm", "youtubednn_ranking")
     },
     "youtubednn": {"model": {"name": "youtubednn"}, "batch_rows": 2048, "epochs": 2},
-    "two_tower": {"model": {"name": "two_tower"}, "batch_rows": 2048, "epochs": 2},
+    "two_tower": {
+        "model": {"name": "two_tower", "mask_history": True},
+        "batch_rows": 2048,
+        "epochs": 3,
+    },
 }
 
 # What `python -m jobs.tune` searches, by model, where it is given no file.

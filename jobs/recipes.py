@@ -24,6 +24,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         for name in ("lr", "fm", "mlp", "deep_crossing", "dcn", "deepfm", "dlrm", "youtubednn_ranking")
     },
     "youtubednn": {"model": {"name": "youtubednn"}, "batch_rows": 2048, "epochs": 2},
+    "two_tower": {
+        "model": {"name": "two_tower", "mask_history": True},
+        "batch_rows": 2048,
+        "epochs": 3,
+    },
 }
 
 # What `python -m jobs.tune` searches, by model, where it is given no file.
@@ -50,6 +55,18 @@ SPACES: dict[str, dict[str, Any]] = {
         "model.temperature": {"log": [0.03, 0.2]},
         "model.negatives": {"choice": [256, 512, 1024, 2048]},
         "model.negatives_alpha": {"uniform": [0.0, 1.0]},
+        "batch_rows": {"choice": [1024, 2048, 4096]},
+        **_ANY,
+    },
+    "two_tower": {
+        "model.hidden": {"choice": [[128], [256], [512], [512, 256]]},
+        "model.item_hidden": {"choice": [[], [128], [256], [512, 256]]},
+        "model.embedding_dim": {"choice": [32, 64, 128]},
+        "model.output_dim": {"choice": [32, 64, 128]},
+        "model.temperature": {"log": [0.03, 0.2]},
+        "model.negatives": {"choice": [0, 512, 1024, 2048]},
+        "model.negatives_alpha": {"uniform": [0.0, 1.0]},
+        "model.mask_history": {"choice": [False, True]},
         "batch_rows": {"choice": [1024, 2048, 4096]},
         **_ANY,
     },

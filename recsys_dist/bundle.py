@@ -47,7 +47,8 @@ Golden = Callable[["Bundle"], list[dict[str, Any]]]
 class Served:
     """A model in eval mode, and the fitted schema that it reads.
 
-    Of a recall model only the user side is there: `Bundle.item_vectors` stands for the other.
+    Of a recall model only the user side can be computed: `Bundle.item_vectors` stands for the other, and
+    the item side's tables are left out.
     """
 
     model: nn.Module

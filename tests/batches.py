@@ -5,6 +5,7 @@ import torch
 from torchrec import KeyedJaggedTensor
 
 from recsys_dist.batch import Batch
+from recsys_dist.models.protocol import Catalogue
 from recsys_dist.schema import Categorical, Cross, Label, Numeric, Schema, Sequence, Time
 
 ROWS = {"user": 30, "item": 40, "author": 12, "hour": 25, "user_x_author": 64}
@@ -29,6 +30,17 @@ def small_schema() -> Schema:
         recall_positive=("click",),
     )
     return schema.fitted(ROWS)
+
+
+def small_catalogue() -> Catalogue:
+    """The 40 items: item i was wanted i times, has author 1 + i % 11 and some duration; row 0 has nothing."""
+    item = torch.arange(ROWS["item"], dtype=torch.int32)
+    features = {
+        "item": item,
+        "author": (1 + item % 11) * (item > 0),
+        "duration": torch.cos(item.float()) * (item > 0),
+    }
+    return Catalogue(torch.arange(ROWS["item"]), features)
 
 
 def random_batch(

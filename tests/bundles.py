@@ -20,6 +20,7 @@ from recsys_dist.data.split import SPLITS, Split
 from recsys_dist.evaluate import EvaluateConfig, evaluate_ranking, evaluate_recall, load_trained
 from recsys_dist.models.protocol import Catalogue, model_module
 from recsys_dist.train import checkpoint as checkpointing
+from recsys_dist.train.catalogue import catalogue_of
 from recsys_dist.train.loop import Epoch, Loss, Workers, idle_batch
 from recsys_dist.train.settings import TrainConfig
 from recsys_dist.train.sharding import ShardedModel, shard
@@ -74,12 +75,13 @@ def prepare(path: Path, log: pa.Table | None = None) -> Prepared:
     return Prepared.open(path)
 
 
-def train_pair(prepared: Prepared, root: Path) -> dict[str, Path]:
-    """Checkpoints by task, by one worker: this process."""
+def train_pair(prepared: Prepared, root: Path, **models: dict[str, Any]) -> dict[str, Path]:
+    """Checkpoints by task, by one worker: this process. `models` replaces MODELS by task."""
     root.mkdir(parents=True, exist_ok=True)
     dist.init_process_group("gloo", init_method=(root / "store").as_uri(), rank=0, world_size=1)
     try:
-        return {task: _train(config(prepared, task), root / task) for task in MODELS}
+        chosen = MODELS | models
+        return {task: _train(config(prepared, task, model=chosen[task]), root / task) for task in chosen}
     finally:
         dist.destroy_process_group()
 
@@ -107,11 +109,10 @@ def _resave(_rank: int, data: str, checkpoints: dict[str, Path], root: str, work
 
 def _sharded(cfg: TrainConfig) -> tuple[ShardedModel, Catalogue]:
     prepared = Prepared.open(cfg.data)
-    items = prepared.items
-    positives = items["train_positives"].to_numpy() + items["valid_positives"].to_numpy()
-    catalogue = Catalogue(torch.from_numpy(np.r_[0, positives]))
+    schema = cfg.inputs(prepared)
+    catalogue = catalogue_of(prepared, schema, ("train", "valid"))
     torch.manual_seed(cfg.seed)
-    model = model_module(cfg.model.name).Model(cfg.model, cfg.inputs(prepared), catalogue)
+    model = model_module(cfg.model.name).Model(cfg.model, schema, catalogue)
     return shard(Loss(model), model.table_groups(), cfg.optimizer, cfg.sharding, cfg.seed), catalogue
 
 

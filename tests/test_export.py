@@ -10,13 +10,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from recsys_dist.bundle import Bundle
 from recsys_dist.config import rng_for
+from recsys_dist.data.collate import collate
 from recsys_dist.data.examples import STATE, World, features, sort_events
 from recsys_dist.data.prepared import MANIFEST, Prepared
 from recsys_dist.errors import BundleError, CheckpointError, DataError
-from recsys_dist.evaluate import EvaluateConfig, evaluate_bundle
+from recsys_dist.evaluate import EvaluateConfig, evaluate_bundle, load_trained
 from recsys_dist.export import export
 from recsys_dist.index import Exact, IndexConfig, Ivf
 from recsys_dist.manifest import Manifest
@@ -125,6 +127,25 @@ def test_a_large_catalogue_gets_lists_and_their_recall_is_measured(pair: Pair, t
     opened.index.inverted.nprobe = opened.index.inverted.nlist
     found, expected = opened.index.search(queries, 9)[0], Exact(opened.item_vectors).search(queries, 9)[0]
     np.testing.assert_array_equal(found, expected)
+
+
+def test_an_item_tower_is_exported_as_its_vectors(pair: Pair, tmp_path: Path) -> None:
+    """From the catalogue in the checkpoint; the bundle serves the user tower without the items' tables."""
+    tower = {"name": "two_tower", "embedding_dim": 8, "side_dim": 4, "hidden": [16], "output_dim": 8}
+    checkpoints = bundles.train_pair(pair.prepared, tmp_path / "trained", recall=tower)
+    opened = Bundle.open(export(pair.prepared, checkpoints, pair.evaluations, tmp_path / "bundles").path)
+    world = World(opened.encoders, opened.users, opened.items)
+    at = world.items.positions(opened.item_ids)
+    model: Any = load_trained(checkpoints["recall"], pair.prepared).model
+    assert model.item_names == ["item", "genre", "length"] and model.item_dense_FI.shape[0] == 1
+    for name, values in zip(model.item_names, model.item_ids_FI.numpy(), strict=True):
+        np.testing.assert_array_equal(values, np.r_[0, world.item_inputs[name][at]])
+    np.testing.assert_array_equal(model.item_dense_FI[0, 1:], world.item_inputs["watch_capacity"][at])
+    np.testing.assert_array_equal(opened.item_vectors, model.item_vectors().detach())
+    users = pq.read_table(pair.prepared.files("users/test")[0])
+    batch = collate(users, opened.recall.schema)
+    assert torch.equal(opened.recall.model(batch), model(batch))
+    assert not any("item_tables" in name for name in opened.recall.model.state_dict())
 
 
 def test_what_does_not_go_together_is_refused(pair: Pair, tmp_path: Path) -> None:

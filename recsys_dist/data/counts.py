@@ -14,10 +14,10 @@ from recsys_dist.data import transforms
 from recsys_dist.data.split import Split
 from recsys_dist.schema import Bucketed, Categorical, Numeric, Schema, Statistic, side
 
-HISTORY, TRAIN, VALID, TEST = "history", "train", "valid", "test"
+HISTORY, TRAIN, VALID, LATE_HISTORY, TEST = "history", "train", "valid", "late history", "test"
 FITTED_ON = (HISTORY, TRAIN)
 # by (is it a history row, index of its day's split): a history row of later days is as held out as these days
-PERIODS = np.array([[TRAIN, VALID, TEST], [HISTORY, "late history", TEST]])
+PERIODS = np.array([[TRAIN, VALID, TEST], [HISTORY, LATE_HISTORY, TEST]])
 POSITIVE = "positive"  # any label of schema.recall_positive
 
 

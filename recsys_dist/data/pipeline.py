@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -26,8 +27,8 @@ from tqdm import tqdm
 from recsys_dist import __version__, session
 from recsys_dist.config import Config, digest
 from recsys_dist.data import encoders as fitting
-from recsys_dist.data import stages
-from recsys_dist.data.counts import POSITIVE, TRAIN, VALID, Counts
+from recsys_dist.data import stages, transforms
+from recsys_dist.data.counts import HISTORY, LATE_HISTORY, POSITIVE, TRAIN, VALID, Counts
 from recsys_dist.data.entities import Entities
 from recsys_dist.data.examples import World
 from recsys_dist.data.logs import Ledger, LogSpec
@@ -36,9 +37,9 @@ from recsys_dist.data.prepared import MANIFEST, Manifest, Prepared, ShardSet
 from recsys_dist.data.sources.protocol import Source, SourceConfig, open_source, source_config
 from recsys_dist.data.split import SPLITS, Split, check_split, choose_split, choose_valid
 from recsys_dist.errors import ConfigError, DataError, QuarantineError, RecsysError, SourceError
-from recsys_dist.schema import Schema, side
+from recsys_dist.schema import Bucketed, Categorical, Cross, Numeric, Schema, side
 
-FORMAT = 1  # of the prepared files; raise it when they change, so that old ones are made anew
+FORMAT = 2  # of the prepared files; raise it when they change, so that old ones are made anew
 EVENTS = "events.json"  # written when events/ is complete
 
 
@@ -190,15 +191,24 @@ def _write_catalogue(path: Path, world: World, counts: Counts) -> None:
         "item_id": vocabulary.values,
         "row": pa.array(range(1, vocabulary.rows), pa.int32()),
     }
-    for period in (TRAIN, VALID):
-        for name, of in (("positives", f"{POSITIVE}_sum"), ("exposures", "rows")):
-            totals = counts.totals("item_id", (period,), of)
-            at = pc.index_in(vocabulary.values, value_set=totals["value"].combine_chunks())
-            found = pc.fill_null(totals["total"].combine_chunks().take(at), 0)
-            columns[f"{period}_{name}"] = found.cast(pa.int64())
-    for feature in schema.ids:
-        if feature.kind in ("categorical", "bucketed") and side(feature.column) == "item":
-            columns[feature.name] = pa.array(world.item_inputs[feature.name][positions])
+
+    def total(periods: tuple[str, ...], of: str) -> np.ndarray:
+        totals = counts.totals("item_id", periods, of)
+        at = pc.index_in(vocabulary.values, value_set=totals["value"].combine_chunks())
+        return pc.fill_null(totals["total"].combine_chunks().take(at), 0).to_numpy()
+
+    for period, also in ((TRAIN, HISTORY), (VALID, LATE_HISTORY)):
+        columns[f"{period}_positives"] = total((period,), f"{POSITIVE}_sum").astype(np.int64)
+        columns[f"{period}_exposures"] = total((period,), "rows").astype(np.int64)
+        # recall learns from history rows too; that it leaves out what a user was shown before is not counted
+        wanted, shown = total((period, also), f"{POSITIVE}_sum"), total((period, also), "rows")
+        weight = wanted + schema.recall_exposure_weight * (shown - wanted)
+        columns[f"{period}_weight"] = weight.astype(np.float32)
+    for feature in schema.features:
+        if isinstance(feature, Categorical | Bucketed | Numeric) and side(feature.column) == "item":
+            columns[feature.name] = world.item_inputs[feature.name][positions]
+        elif isinstance(feature, Cross) and schema.sides(feature) == {"item"}:
+            columns[feature.name] = transforms.cross([columns[of] for of in feature.of], feature.hash_buckets)
     write_parquet(pa.table(columns), path / "items.parquet")
 
 

@@ -7,7 +7,7 @@ alone knows about ranks. The same class trains sharded, is exported whole, and s
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -31,12 +31,18 @@ class ModelConfig(Config):
 
 @dataclass(frozen=True)
 class Catalogue:
-    """What training knows of the items besides their ids.
+    """What training knows of the items besides their ids. I rows of the item table, row 0 unknown.
 
-    positives  [rows of the item table] int64: how often each item was a recall positive in training
+    positives  [I] int64: how often each item was a recall positive in training
+    features   name -> [I]: every encoded feature that the item alone decides and that does not change with
+               time, int32 rows or float32; empty where item vectors are there already, as in a bundle
+    weight     [I] float32: sum of the item's rows' weights in recall training; None, as when nothing is left
+               to train, stands for its positives
     """
 
     positives: torch.Tensor
+    features: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    weight: torch.Tensor | None = None
 
 
 class Model(Protocol):

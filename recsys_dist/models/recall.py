@@ -1,16 +1,41 @@
-"""What recall models share: lookups in an item table, and negatives drawn for the whole global batch.
+"""What recall models share: what a user tower may read, lookups, negatives of the whole global batch.
 
-B rows, S negatives, D dimension of the shared space, I rows of the item table
+B rows, G of all workers, S negatives, C candidates, U distinct ones, V ids of all lists,
+D dimension of the shared space, I rows of the item table
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
+from torch import nn
+from torchrec import EmbeddingBagCollection, JaggedTensor, KeyedJaggedTensor
 
 from recsys_dist.config import rng_for
 from recsys_dist.errors import ConfigError
+from recsys_dist.schema import AnyFeature, Categorical, Schema, Statistic
 
-_LOOKUP_ROWS = 65_536  # a whole table is looked up in blocks: the all-to-all's buffers stay bounded
+LOOKUP_ROWS = 65_536  # a whole table is looked up in blocks: the all-to-all's buffers stay bounded
+
+
+def of_user(schema: Schema, named: Sequence[str] | None, model: str) -> set[str]:
+    """Names of what a user tower reads: `named`, or else all that is known of a user before a request.
+
+    That is no context, and (as in Covington et al. 2016) no bare id to memorise. Running statistics are
+    left out too: they grow over the days of training, and stand beyond what training saw when the test
+    begins. ConfigError where a named one depends on the item.
+    """
+    if named is None:
+        return {f.name for f in schema.features if _known_before(f, schema)}
+    for name in named:
+        if "item" in schema.sides(schema[name]):
+            raise ConfigError(f"{model}: {name!r} belongs to the item; a user tower cannot read it")
+    return set(named)
+
+
+def _known_before(feature: AnyFeature, schema: Schema) -> bool:
+    bare_id = isinstance(feature, Categorical) and feature.column == "user_id"
+    return schema.sides(feature) == {"user"} and not bare_id and not isinstance(feature, Statistic)
 
 
 class Negatives:
@@ -39,6 +64,29 @@ class Negatives:
         return torch.from_numpy(drawn_S.astype(np.int32))
 
 
+class GlobalRows(nn.Module):
+    """[B, ...] of this worker → [G, ...] of the whole global batch, in the same order on every worker.
+
+    In one process that is the same, and so is this module. `train.sharding.shard` puts its distributed twin
+    in its place: losses over the other rows of a batch then are those of one process. Called equally often
+    by all workers. Padding comes along: what must not count has weight 0 there too.
+    """
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows
+
+
+def listed(ids: JaggedTensor, candidate_C: torch.Tensor) -> torch.Tensor:
+    """[B, C] bool: the row's list of ids holds the candidate."""
+    distinct_U, which_C = torch.unique(candidate_C, return_inverse=True)
+    row_V = torch.repeat_interleave(ids.lengths())
+    at_V = torch.searchsorted(distinct_U, ids.values()).clamp(max=len(distinct_U) - 1)
+    found_V = distinct_U[at_V] == ids.values()
+    holds_BU = torch.zeros(len(ids.lengths()), len(distinct_U), dtype=torch.bool, device=candidate_C.device)
+    holds_BU[row_V[found_V], at_V[found_V]] = True
+    return holds_BU[:, which_C]
+
+
 def lookup(
     tables: EmbeddingBagCollection, key: str, ids: torch.Tensor, lengths: torch.Tensor
 ) -> torch.Tensor:
@@ -50,7 +98,7 @@ def lookup(
 def every_row(tables: EmbeddingBagCollection, key: str, rows: int, device: torch.device) -> torch.Tensor:
     """[rows, D] the whole table; on sharded tables every worker calls it together and gets it all."""
     ids = torch.arange(rows, dtype=torch.int32, device=device)
-    blocks = torch.split(ids, _LOOKUP_ROWS)
+    blocks = torch.split(ids, LOOKUP_ROWS)
     return torch.cat([lookup(tables, key, block, torch.ones_like(block)) for block in blocks])
 
 

@@ -22,8 +22,8 @@ from recsys_dist.errors import ConfigError
 from recsys_dist.models.layers import DIM_UNIT, MLP, Activation, embedding_tables, normal, pooled
 from recsys_dist.models.losses import sampled_softmax
 from recsys_dist.models.protocol import Catalogue, ModelConfig, Task
-from recsys_dist.models.recall import Negatives, every_row, lookup, one_id
-from recsys_dist.schema import AnyFeature, Categorical, Schema, Statistic
+from recsys_dist.models.recall import Negatives, every_row, lookup, of_user, one_id
+from recsys_dist.schema import Schema
 
 
 class Config(ModelConfig):
@@ -97,12 +97,7 @@ class Model(nn.Module):
     @staticmethod
     def inputs(schema: Schema, cfg: Config) -> Schema:
         """The tower's features and the item's id; ConfigError where there is no history of items."""
-        for name in cfg.features or ():
-            if "item" in schema.sides(schema[name]):
-                raise ConfigError(f"youtubednn: {name!r} belongs to the item; a user tower cannot read it")
-        chosen = (
-            [f.name for f in schema.features if _of_user(f, schema)] if cfg.features is None else cfg.features
-        )
+        chosen = of_user(schema, cfg.features, "youtubednn")
         of = {schema.table(f) for f in schema.sequences if f.name in chosen}
         if not of:
             raise ConfigError("youtubednn: needs a sequence feature, the user's past items, and has none")
@@ -149,13 +144,3 @@ class Model(nn.Module):
 
     def _normalised(self, vectors: torch.Tensor) -> torch.Tensor:
         return F.normalize(vectors, dim=1) if self.cfg.normalise else vectors
-
-
-def _of_user(feature: AnyFeature, schema: Schema) -> bool:
-    """What is known of a user before a request: no context, and (as in the paper) no id to memorise.
-
-    Running statistics are left out too: they grow over the days of training, and stand beyond what
-    training saw when the test begins.
-    """
-    bare_id = isinstance(feature, Categorical) and feature.column == "user_id"
-    return schema.sides(feature) == {"user"} and not bare_id and not isinstance(feature, Statistic)

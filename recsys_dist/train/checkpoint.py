@@ -33,6 +33,7 @@ from recsys_dist.train.sharding import ShardedModel, materialise
 
 MANIFEST = "manifest.json"
 _CHUNK_BYTES = 1 << 22
+_ITEM_FEATURE = "catalogue.features."  # prefix of the saved features of the catalogue
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ def save(
     """
     path = root / workers.agree(f"epoch-{manifest.epoch:04d}-{uuid.uuid4().hex[:8]}")
     state = {**_live_state(sharded), "catalogue.positives": catalogue.positives}
+    state |= {f"{_ITEM_FEATURE}{name}": values for name, values in catalogue.features.items()}
     state |= {f"dense.{key}": value for key, value in sharded.optimizers.state().items()}
     writer = FileSystemWriter(path, sync_files=True)
     with _removing_torn(path):
@@ -126,12 +128,14 @@ def load_for_inference(path: Path | str, schema: Schema | None = None) -> tuple[
     manifest = verify(Path(path))
     if schema is not None:
         refuse_other_schema(manifest, schema)
-    catalogue = _empty_like_saved(Path(path), "catalogue.")
-    _read(Path(path), catalogue)
+    saved = _empty_like_saved(Path(path), "catalogue.")
+    _read(Path(path), saved)
+    features = {k.removeprefix(_ITEM_FEATURE): v for k, v in saved.items() if k.startswith(_ITEM_FEATURE)}
+    catalogue = Catalogue(saved["catalogue.positives"], features)
     module = model_module(manifest.model["name"])
     cfg = module.Config.parse(manifest.model)
     inputs = model_schema(cfg, manifest.data_schema, manifest.label)
-    model: nn.Module = module.Model(cfg, inputs, Catalogue(catalogue["catalogue.positives"]))
+    model: nn.Module = module.Model(cfg, inputs, catalogue)
     loss = materialise(Loss(model), manifest.seed)
     try:
         _read(Path(path), {f"weights.{name}": weight for name, weight in loss.state_dict().items()})

@@ -27,6 +27,7 @@ from torchrec.distributed.types import ShardingPlan
 from recsys_dist.config import Config, nearest, rng_for
 from recsys_dist.errors import ConfigError
 from recsys_dist.models.layers import WorkerSum
+from recsys_dist.models.recall import GlobalRows
 from recsys_dist.train.optim import (
     OptimizerConfig,
     Optimizers,
@@ -87,6 +88,33 @@ class ShardedModel:
         return {t: {"kind": p.sharding_type, "ranks": list(p.ranks or [])} for t, p in placed}
 
 
+class _AllRows(GlobalRows):
+    """`GlobalRows` of several workers, by rank; equally many rows on each, as the training loop pads them."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        gathered: torch.Tensor = _Gather.apply(rows)  # type: ignore[no-untyped-call]
+        return gathered
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather; its gradient is the sum of all workers' gradients in this worker's rows.
+
+    (`torch.distributed.nn.functional.all_gather` does the same; it is deprecated for a private one.)
+    """
+
+    @staticmethod
+    def forward(_ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        theirs = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(theirs, rows.contiguous())
+        return torch.cat(theirs)
+
+    @staticmethod
+    def backward(_ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        summed = gradients[0].clone(memory_format=torch.contiguous_format)  # others may read it
+        dist.all_reduce(summed)
+        return summed.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 class _Bags(EmbeddingBagCollectionSharder):
     """Row-wise too: the CPU kernels have it, the shipped list names it for CUDA alone."""
 
@@ -138,6 +166,8 @@ def _connect(model: nn.Module) -> None:
         for name, child in module.named_children():
             if isinstance(child, WorkerSum):
                 setattr(module, name, _AllSum())
+            elif isinstance(child, GlobalRows):
+                setattr(module, name, _AllRows())
 
 
 def materialise(model: nn.Module, seed: int, device: torch.device | str = "cpu") -> nn.Module:

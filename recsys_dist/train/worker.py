@@ -28,6 +28,7 @@ from recsys_dist.models.calibration import Points
 from recsys_dist.models.protocol import Catalogue, model_module
 from recsys_dist.train import checkpoint as checkpoints
 from recsys_dist.train.calibrate import fit
+from recsys_dist.train.catalogue import catalogue_of
 from recsys_dist.train.checkpoint import Checkpoint, Manifest
 from recsys_dist.train.loop import Epoch, Loss, Totals, Workers, idle_batch
 from recsys_dist.train.progress import Progress
@@ -123,7 +124,8 @@ class Run:
         if newest is not None and self._finished(phase, newest.manifest.history):
             return newest
         self.progress.resume(phase.name, done)
-        catalogue = self._catalogue(phase)
+        splits = ("train", "valid") if phase.valid is None else ("train",)
+        catalogue = catalogue_of(self.prepared, self.schema, splits)
         sharded = self._build(catalogue)
         if newest is not None:
             checkpoints.load(newest, sharded)
@@ -157,15 +159,6 @@ class Run:
         if phase.valid is None:
             return False
         return len(history) - best_epoch(history, self.cfg.chosen_metric) >= self.cfg.patience
-
-    def _catalogue(self, phase: Phase) -> Catalogue:
-        items = self.prepared.items
-        rows = self.prepared.schema.item_id.rows
-        assert rows is not None, "prepared data holds a fitted schema"
-        positives = np.zeros(rows, np.int64)
-        for split in ("train", "valid") if phase.valid is None else ("train",):
-            positives[items["row"].to_numpy()] += items[f"{split}_positives"].to_numpy()
-        return Catalogue(torch.from_numpy(positives))
 
     def _build(self, catalogue: Catalogue) -> ShardedModel:
         torch.manual_seed(self.cfg.seed)

@@ -171,9 +171,13 @@ def test_the_catalogue_counts_training_days_only(prepared: Prepared, log: pa.Tab
     ):
         shown = Counter(r["item_id"] for r in of)
         wanted = Counter(r["item_id"] for r in of if r["click"] or r["like"])
+        held = [r for r in usable(log) if r["history"] and r["date"] < test]
+        held = [r for r in held if (r["date"] < valid) == (period == "train")]
+        past = Counter(r["item_id"] for r in held if r["click"] or r["like"])  # recall learns from these too
         for item in prepared.items.to_pylist():
             assert item[f"{period}_exposures"] == shown[item["item_id"]]
             assert item[f"{period}_positives"] == wanted[item["item_id"]]
+            assert item[f"{period}_weight"] == wanted[item["item_id"]] + past[item["item_id"]]
     assert prepared.items["row"].to_pylist() == list(range(1, len(prepared.items) + 1))
 
 

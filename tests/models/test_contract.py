@@ -8,10 +8,10 @@ import torch
 
 from recsys_dist.batch import Batch
 from recsys_dist.config import rng_for
-from recsys_dist.models.protocol import Catalogue, model_module, model_names
+from recsys_dist.models.protocol import model_module, model_names
 from recsys_dist.schema import Schema
 from recsys_dist.train.sharding import materialise
-from tests.batches import random_batch, small_schema, take
+from tests.batches import random_batch, small_catalogue, small_schema, take
 
 pytestmark = pytest.mark.parametrize("name", model_names())
 
@@ -22,8 +22,7 @@ def build(name: str, seed: int = 0) -> tuple[Any, Schema]:
     cfg = module.Config()
     schema = module.Model.inputs(small_schema(), cfg)
     torch.manual_seed(seed)
-    positives = torch.arange(schema.item_id.rows or 0)
-    return materialise(module.Model(cfg, schema, Catalogue(positives)), seed), schema
+    return materialise(module.Model(cfg, schema, small_catalogue()), seed), schema
 
 
 def outputs(model: Any, batch: Batch) -> torch.Tensor:
@@ -111,7 +110,15 @@ def test_padding_is_inert(name: str) -> None:
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-def test_rows_do_not_see_each_other(name: str) -> None:
+def test_outputs_do_not_see_other_rows(name: str) -> None:
+    """A row scores as it does alone. (Its loss may depend on the others, as where these are negatives.)"""
+    model, schema = build(name)
+    batch = random_batch(schema, 12, rng_for(3, "rows"))
+    for some in (torch.tensor([5]), torch.tensor([7, 0, 11])):
+        torch.testing.assert_close(outputs(model, take(batch, some)), outputs(model, batch)[some])
+
+
+def test_the_order_of_rows_changes_nothing(name: str) -> None:
     model, schema = build(name)
     batch = random_batch(schema, 12, rng_for(3, "rows"))
     order = torch.from_numpy(rng_for(3, "order").permutation(12))

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from torchrec import JaggedTensor
 
 from recsys_dist.config import rng_for
 from recsys_dist.errors import ConfigError
 from recsys_dist.models.layers import embedding_tables, normal
-from recsys_dist.models.recall import Negatives, every_row, lookup, one_id
+from recsys_dist.models.recall import Negatives, every_row, listed, lookup, one_id
 from recsys_dist.train.sharding import materialise
 from tests.batches import random_batch, small_schema
 
@@ -36,6 +37,14 @@ def test_lookups_read_the_table_by_row() -> None:
     torch.testing.assert_close(every_row(tables, "item", 40, torch.device("cpu")), weight)
     found = lookup(tables, "item", torch.tensor([5, 3]), torch.tensor([1, 0, 1]))
     torch.testing.assert_close(found, torch.stack([weight[5], torch.zeros(4), weight[3]]))
+
+
+def test_candidates_that_a_rows_list_holds() -> None:
+    lists = JaggedTensor(torch.tensor([4, 9, 9, 30, 2]), lengths=torch.tensor([3, 0, 1, 1]))
+    held = listed(lists, torch.tensor([9, 2, 5, 9, 4]))
+    assert held.int().tolist() == [[1, 0, 0, 1, 1], [0] * 5, [0] * 5, [0, 1, 0, 0, 0]]
+    empty = JaggedTensor(torch.empty(0, dtype=torch.int64), lengths=torch.tensor([0]))
+    assert listed(empty, torch.tensor([1])).tolist() == [[False]]
 
 
 def test_one_id_per_row_and_none_for_padding() -> None:

@@ -8,12 +8,12 @@ import torch
 
 from recsys_dist.batch import Batch
 from recsys_dist.config import rng_for
-from recsys_dist.models.protocol import Catalogue, model_module, model_names
+from recsys_dist.models.protocol import model_module, model_names
 from recsys_dist.schema import Schema
 from recsys_dist.train.loop import Epoch, Loss, Workers, idle_batch
 from recsys_dist.train.optim import OptimizerConfig
 from recsys_dist.train.sharding import ShardingConfig, materialise, shard, train_unsharded
-from tests.batches import random_batch, small_schema, take
+from tests.batches import random_batch, small_catalogue, small_schema, take
 from tests.train.ranks import run_ranks
 
 SEED = 5
@@ -29,7 +29,7 @@ def inputs(name: str) -> Schema:
 def build(name: str) -> Loss:
     module = model_module(name)
     torch.manual_seed(SEED)
-    return Loss(module.Model(module.Config(), inputs(name), Catalogue(torch.arange(40))))
+    return Loss(module.Model(module.Config(), inputs(name), small_catalogue()))
 
 
 def global_batches(name: str) -> list[Batch]:

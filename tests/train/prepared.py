@@ -39,6 +39,10 @@ def make(path: Path, bad_row: int | None = None) -> Path:
                 "row": pa.array(range(1, items + 1), pa.int32()),
                 "train_positives": np.ones(items, np.int64),
                 "valid_positives": np.ones(items, np.int64),
+                "train_weight": np.ones(items, np.float32),
+                "valid_weight": np.ones(items, np.float32),
+                "item": pa.array(range(1, items + 1), pa.int32()),
+                "length": rng_for(1, "items").normal(size=items).astype(np.float32),
             }
         ),
         path / "items.parquet",

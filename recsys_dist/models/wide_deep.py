@@ -90,7 +90,8 @@ class Model(Ranker):
         """See FactoredRankModel: equal to `forward` but for rounding."""
         first: Any = self.tower.layers[0]
         hidden = items.hidden.index_select(0, at)
-        hidden += (users.hidden + first.bias).index_select(0, of)
+        user = users.hidden if first.bias is None else users.hidden + first.bias  # None before batch norm
+        hidden += user.index_select(0, of)
         logit = self.tower.after(1, hidden)[:, 0] + users.logit[of] + items.logit[at]
         for name, sides in self.wide_sides.items():
             if len(sides) > 1:

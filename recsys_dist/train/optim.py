@@ -104,6 +104,17 @@ class Optimizers:
         for name, weight in self.tables.items():
             self._optimizers.append(RULES[rules[name].rule]([weight], **rules[name].kwargs()))
 
+    def gradient_norms(self) -> dict[str, torch.Tensor]:
+        """L2 norm of each dense layer's gradient, by the name of the module that holds its weights.
+
+        Of the whole gradient, before clipping: to be called between the backward pass and `step`.
+        """
+        layers: dict[str, list[torch.Tensor]] = {}
+        for name, weight in self.dense.items():
+            if weight.grad is not None:
+                layers.setdefault(name.rpartition(".")[0], []).append(weight.grad)
+        return {layer: nn.utils.get_total_norm(gradients) for layer, gradients in layers.items()}
+
     def step(self) -> None:
         """Apply and forget the gradients; dense ones are clipped by their global norm first."""
         if self._clip_norm is not None:

@@ -28,7 +28,7 @@ from recsys_dist.models.protocol import Catalogue, model_module
 from recsys_dist.train import checkpoint as checkpoints
 from recsys_dist.train.checkpoint import Checkpoint, Manifest
 from recsys_dist.train.loop import Epoch, Loss, Totals, Workers, idle_batch
-from recsys_dist.train.progress import Progress
+from recsys_dist.train.progress import Progress, steps_per_point
 from recsys_dist.train.settings import METRICS, TrainConfig
 from recsys_dist.train.sharding import ShardedModel, shard
 from recsys_dist.train.validate import RECALL_AT, item_vectors, ranked_rows, recall_users
@@ -210,7 +210,8 @@ class Run:
         torch.manual_seed(int(rng_for(*key).integers(2**63)))
         expected = sum(self.workers.gather(sum(piece.rows for piece in order)))
         curve = self.progress.curve(phase.name, number, phase.epochs, manifest.step, expected)
-        epoch = Epoch(sharded.model, sharded.optimizers, self.idle, self.workers, on_step=curve)
+        every = steps_per_point(expected, self.cfg.batch_rows)
+        epoch = Epoch(sharded.model, sharded.optimizers, self.idle, self.workers, curve, every)
         batches = (collate(table, self.schema) for table in feed.take(order, self.idle.rows))
         try:
             return epoch.run(batches, manifest.step)

@@ -31,11 +31,13 @@ def global_batches() -> list[Batch]:
 
 
 def learned(model: Any, epoch: Epoch, batches: list[Batch]) -> dict[str, np.ndarray]:
-    """The loss, the tower's weights and moments, and scores by them, after training on `batches`."""
+    """Loss, last gradient norms, the tower's weights and moments, and scores, after training on `batches`."""
+    epoch.sample_steps = 1
     totals = epoch.run(iter(batches), 0)
     found = {name: value.numpy().copy() for name, value in model.tower.state_dict().items()}
     scores = model.eval()(global_batches()[0]).detach().numpy()
-    return {**found, "loss": np.array(totals.loss), "scores": scores}
+    gradients = {f"gradient of {layer}": np.array(norm) for layer, norm in totals.gradients.items()}
+    return {**found, **gradients, "loss": np.array(totals.loss), "scores": scores}
 
 
 def on_rank(rank: int) -> dict[str, np.ndarray]:
@@ -54,7 +56,9 @@ def test_two_workers_normalise_as_one_process() -> None:
     epoch = Epoch(loss, optimizers, idle_batch(small_schema(), 12), Workers())
     expected = learned(loss.model, epoch, global_batches())
     moments = [name for name in expected if name.endswith(("mean", "variance"))]
-    assert len(moments) == 8  # a batch norm's and a Dice's after each of two layers
+    assert (
+        len(moments) == 8 and "gradient of tower.layers.0" in expected
+    )  # a batch norm's and a Dice's after each of two layers
     for found in run_ranks(2, on_rank):
         assert found.keys() == expected.keys()
         for name, value in expected.items():

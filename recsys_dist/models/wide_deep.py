@@ -4,7 +4,7 @@
 
 φ are the cross-product transformations (`Cross` features of the schema), a the last layer of a ReLU
 tower over embeddings and dense floats; both parts are trained jointly, each by its own optimizer.
-The paper's FTRL with L1 for the wide part is the trainer's choice for the "wide" table group.
+The paper's FTRL with L1 for the wide part is `optimizer.wide.rule=ftrl` of the trainer.
 
 B rows, T tasks
 """

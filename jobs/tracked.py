@@ -1,6 +1,7 @@
 """Train and evaluate a model as one tracked run: what `jobs.train` and the quickstart share."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ def final_metrics(evaluation: dict[str, Any]) -> dict[str, float]:
 
 
 def figures_of(cfg: TrainConfig, fitted: FitResult, evaluation: dict[str, Any] | None) -> list[Plot]:
-    """Learning curve, and the reliability diagram of a ranker."""
+    """Learning curves, the layers' gradients, and the reliability diagram of a ranker."""
     metric = cfg.chosen_metric
     curve = Curves(
         f"{cfg.model.name}: {metric} on the validation days",
@@ -94,12 +95,29 @@ def figures_of(cfg: TrainConfig, fitted: FitResult, evaluation: dict[str, Any] |
             for phase in dict.fromkeys(line["phase"] for line in told)
         },
     )
-    figures: list[Plot] = [loss, curve]
+    gradients = _gradients(cfg, told)
+    figures: list[Plot] = [loss, curve, *([gradients] if gradients.lines else [])]
     if evaluation and "reliability" in evaluation:
         found = evaluation["reliability"]
         title = f"{cfg.model.name}: are its probabilities right?"
         figures.append(Reliability(title, found["predicted"], found["observed"], found["rows"]))
     return figures
+
+
+def _gradients(cfg: TrainConfig, told: list[dict[str, Any]]) -> Curves:
+    """A line per layer: one that falls away vanishes, one that climbs explodes (see dense.clip_norm)."""
+    chosen = [line for line in told if line["phase"] == "choose"]
+    layers = dict.fromkeys(layer for line in chosen for layer in line["gradients"])
+    return Curves(
+        f"{cfg.model.name}: gradient of each layer",
+        "step",
+        "L2 norm before clipping",
+        {
+            layer: [(line["step"], line["gradients"].get(layer, math.nan)) for line in chosen]
+            for layer in layers
+        },
+        logarithmic=True,
+    )
 
 
 def evaluated(prepared: Prepared, checkpoint: Path, cfg: EvaluateConfig) -> dict[str, Any]:
@@ -129,11 +147,13 @@ def _curve_recorder(record: Recorder) -> Callable[[dict[str, Any]], None]:
     def on_report(line: dict[str, Any]) -> None:
         phase = line["phase"]
         if line["kind"] == "curve":
-            step, names = line["step"], ["loss", "rows_per_s"]
+            step, prefix = line["step"], phase
+            found = {"loss": line["loss"], "rows_per_s": line["rows_per_s"]}
+            found |= {f"gradient/{layer}": norm for layer, norm in line["gradients"].items()}
         else:
-            step, names = line["epoch"], [key for key, value in line.items() if isinstance(value, float)]
-        prefix = phase if line["kind"] == "curve" else f"{phase}/epoch"
-        values = {f"{prefix}/{name.replace('@', '_at_')}": float(line[name]) for name in names}
+            step, prefix = line["epoch"], f"{phase}/epoch"
+            found = {key: value for key, value in line.items() if isinstance(value, float)}
+        values = {f"{prefix}/{name.replace('@', '_at_')}": value for name, value in found.items()}
         fresh = {key: value for key, value in values.items() if (key, step) not in told}
         if fresh:
             record.metrics(fresh, step=step)

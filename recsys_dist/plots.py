@@ -38,12 +38,16 @@ STYLE: dict[Any, Any] = {  # matplotlib types its keys as literals
 
 @dataclass(frozen=True)
 class Curves:
-    """Lines over epochs or steps: name -> points (x, y). NaN points leave a gap."""
+    """Lines over epochs or steps: name -> points (x, y). NaN points leave a gap.
+
+    logarithmic  whether the y axis is; points at 0 or below it leave a gap too
+    """
 
     title: str
     x_label: str
     y_label: str
     lines: Mapping[str, Sequence[tuple[float, float]]]
+    logarithmic: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ def _draw_curves(axes: Axes, plot: Curves) -> None:
         x, y = [p[0] for p in points], [p[1] for p in points]
         marker = "o" if len(points) <= 30 else None
         axes.plot(x, y, color=color, marker=marker, markersize=4, linewidth=1.8, label=name)
-    axes.set(xlabel=plot.x_label, ylabel=plot.y_label)
+    axes.set(xlabel=plot.x_label, ylabel=plot.y_label, yscale="log" if plot.logarithmic else "linear")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(plot.lines) > 1:
         axes.legend()

@@ -99,7 +99,7 @@ def test_from_ones_own_log_to_a_report(tmp_path: Path) -> None:
     assert serving["requests"] > 0 and serving["errors"] == 0 and 0 < serving["p50_ms"] <= serving["p99_ms"]
     assert (tmp_path / "out/bundles" / serving["bundle"] / "manifest.json").is_file()
     assert "recommended:" in said and "registered as version 1: @" in said
-    assert {"choose/loss", "test/model/auc"} <= keys
+    assert {"choose/loss", "choose/gradient/tower.layers.0", "test/model/auc"} <= keys
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "out/models").rglob("*.distcp")}
     assert before, "no checkpoint was written"
     quickstart(tmp_path / "log", tmp_path / "out", "--no-serving", "--tune", "2")

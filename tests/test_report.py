@@ -152,5 +152,8 @@ def test_themed_figures_follow_the_page() -> None:
 
 def test_an_empty_or_broken_curve_still_draws() -> None:
     ElementTree.fromstring(svg(Curves("Empty", "x", "y", {})))
+    ElementTree.fromstring(
+        svg(Curves("Logarithmic", "x", "y", {"a": [(0, 0.0), (1, 2.0)]}, logarithmic=True))
+    )
     ElementTree.fromstring(svg(Curves("Gap", "x", "y", {"a": [(0, float("nan")), (1, 2.0)]})))
     ElementTree.fromstring(svg(Reliability("No rows", [], [], [])))

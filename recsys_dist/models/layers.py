@@ -116,7 +116,8 @@ class MLP(nn.Module):
     """Linear → norm → activation → dropout for each of `widths`, then a plain linear layer to `out` if given.
 
     Weights start as fits the activation (He for the ReLU family, Xavier for the others), biases at 0,
-    drawn from torch's global generator: seed it before building.
+    drawn from torch's global generator: seed it before building. Batch norm takes a bias before it out
+    again: there is none, for Adam would make steps of the rounding noise that is its gradient.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class MLP(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for width in widths:
-            layers.append(_linear(inputs, width, activation))
+            layers.append(_linear(inputs, width, activation, bias=norm != "batch"))
             if norm is not None:
                 layers.append(_NORMS[norm](width))
             layers.append(_ACTIVATIONS[activation](width))
@@ -154,14 +155,15 @@ class MLP(nn.Module):
         return x
 
 
-def _linear(inputs: int, outputs: int, activation: Activation | None) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs)
+def _linear(inputs: int, outputs: int, activation: Activation | None, bias: bool = True) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs, bias=bias)
     if activation in _HE_SLOPE:
         nn.init.kaiming_normal_(layer.weight, a=_HE_SLOPE[activation], nonlinearity="leaky_relu")
     else:
         gain = nn.init.calculate_gain("tanh") if activation == "tanh" else 1.0
         nn.init.xavier_normal_(layer.weight, gain=gain)
-    nn.init.zeros_(layer.bias)
+    if bias:
+        nn.init.zeros_(layer.bias)
     return layer
 
 

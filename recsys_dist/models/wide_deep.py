@@ -4,7 +4,7 @@
 
 φ are the cross-product transformations (`Cross` features of the schema), a the last layer of a ReLU
 tower over embeddings and dense floats; both parts are trained jointly, each by its own optimizer.
-The paper's FTRL with L1 for the wide part is the trainer's choice for the "wide" table group.
+The paper's FTRL with L1 for the wide part is `optimizer.wide.rule=ftrl` of the trainer.
 
 B rows, T tasks
 """
@@ -90,7 +90,8 @@ class Model(Ranker):
         """See FactoredRankModel: equal to `forward` but for rounding."""
         first: Any = self.tower.layers[0]
         hidden = items.hidden.index_select(0, at)
-        hidden += (users.hidden + first.bias).index_select(0, of)
+        user = users.hidden if first.bias is None else users.hidden + first.bias  # None before batch norm
+        hidden += user.index_select(0, of)
         logit = self.tower.after(1, hidden)[:, 0] + users.logit[of] + items.logit[at]
         for name, sides in self.wide_sides.items():
             if len(sides) > 1:

@@ -75,7 +75,10 @@ class Loss(nn.Module):
 
 @dataclass
 class Totals:
-    """What an epoch came to, over all workers; `loader_s` and `seconds` are this worker's."""
+    """What an epoch came to, over all workers; `loader_s` and `seconds` are this worker's.
+
+    gradients   layer -> L2 norm of its gradient, at the newest step that was sampled
+    """
 
     steps: int = 0
     rows: int = 0
@@ -83,6 +86,7 @@ class Totals:
     loss_sum: float = 0.0
     loader_s: float = 0.0
     seconds: float = 0.0
+    gradients: dict[str, float] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -100,16 +104,18 @@ class _Step:
     loss_sum: torch.Tensor
     rows: float
     weight: float
+    gradients: dict[str, torch.Tensor]
 
 
 @dataclass
 class Epoch:
     """One pass over the workers' batches.
 
-    model       `Loss` over the model, sharded or not
-    idle        what a worker without data feeds: as many rows as a full batch, of weight zero; batches go
-                to the device that it is on
-    on_step     called with the totals so far after each step whose loss is known to all
+    model         `Loss` over the model, sharded or not
+    idle          what a worker without data feeds: as many rows as a full batch, of weight zero; batches
+                  go to the device that it is on
+    on_step       called with the totals so far after each step whose loss is known to all
+    sample_steps  steps from one sample of the layers' gradient norms to the next; 0 takes none
     """
 
     model: nn.Module
@@ -117,6 +123,7 @@ class Epoch:
     idle: Batch
     workers: Workers
     on_step: Callable[[Totals], None] = lambda _: None
+    sample_steps: int = 0
     totals: Totals = field(default_factory=Totals)
 
     def run(self, batches: Iterator[Batch], step: int) -> Totals:
@@ -161,8 +168,10 @@ class Epoch:
         losses = self.model(batch, step)
         loss_sum = (losses * batch.weight).sum()
         (loss_sum * (self.workers.size / weight if weight else 0.0)).backward()
+        sampled = self.sample_steps > 0 and step % self.sample_steps == 0
+        gradients = self.optimizers.gradient_norms() if sampled else {}
         self.optimizers.step()
-        return _Step(step, batch.row_id, losses.detach(), loss_sum.detach(), rows, weight)
+        return _Step(step, batch.row_id, losses.detach(), loss_sum.detach(), rows, weight, gradients)
 
     def _settle(self, known: deque[_Step], sums: list[float]) -> None:
         for total in sums:
@@ -173,6 +182,9 @@ class Epoch:
             self.totals.rows += int(step.rows)
             self.totals.weight += step.weight
             self.totals.loss_sum += total
+            if step.gradients:
+                found = {layer.removeprefix("model."): float(norm) for layer, norm in step.gradients.items()}
+                self.totals.gradients = found
             self.on_step(self.totals)
 
     def _blame(self, step: _Step) -> str:

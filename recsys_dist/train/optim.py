@@ -1,27 +1,31 @@
 """Optimizers: Adam for dense weights, fused Adagrad for embedding tables (stepped in the backward pass).
 
 Tables that are sharded step inside TorchRec's kernel. Data-parallel ones have no fused kernel and are
-stepped here by the same rule, from `torchrec.optim`, after their gradients were averaged.
+stepped here by the same rule, from `torchrec.optim`, after their gradients were averaged. FTRL has none
+anywhere: each worker steps the rows that it holds, here.
 """
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_in_backward
 from torchrec.optim import RowWiseAdagrad
 
 from recsys_dist.config import Config
 from recsys_dist.errors import ConfigError
+from recsys_dist.train.ftrl import FTRL
 
 # Classes that both run in torch and name a fused kernel to TorchRec (its own Adagrad and SGD only name one).
 RULES: dict[str, Any] = {
     "rowwise_adagrad": RowWiseAdagrad,
     "adagrad": torch.optim.Adagrad,
     "sgd": torch.optim.SGD,
+    "ftrl": FTRL,
 }
+UNFUSED = ("ftrl",)  # but these, which name none
 
 
 class DenseOptimizer(Config):
@@ -33,14 +37,29 @@ class DenseOptimizer(Config):
 
 
 class TableOptimizer(Config):
-    """The rule of a group of embedding tables; row-wise Adagrad keeps one accumulator a row."""
+    """The rule of a group of embedding tables; row-wise Adagrad keeps one accumulator a row.
 
-    rule: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
-    lr: float = Field(0.05, gt=0)
-    eps: float = Field(1e-8, gt=0)
+    FTRL sees the gradient of the batch's mean loss where the paper sees that of one example: its beta (1),
+    l1 and l2 divided by the rows of a batch are ours.
+    """
+
+    rule: Literal["rowwise_adagrad", "adagrad", "sgd", "ftrl"] = "rowwise_adagrad"
+    lr: float = Field(0.05, gt=0, description="FTRL's alpha")
+    eps: float = Field(1e-8, gt=0, description="Adagrad's")
+    beta: float = Field(1 / 4096, gt=0, description="FTRL's")
+    l1: float = Field(0.0, ge=0, description="FTRL's; weights whose |z| stays below it are exactly 0")
+    l2: float = Field(0.0, ge=0, description="FTRL's")
+
+    @model_validator(mode="after")
+    def _own_penalties(self) -> "TableOptimizer":
+        if self.rule != "ftrl" and (self.l1 or self.l2):
+            raise ValueError(f"l1 and l2 are of rule 'ftrl'; {self.rule!r} has none")
+        return self
 
     def kwargs(self) -> dict[str, float]:
         """Constructor arguments of the rule's optimizer class."""
+        if self.rule == "ftrl":
+            return {"lr": self.lr, "beta": self.beta, "l1": self.l1, "l2": self.l2}
         return {"lr": self.lr} if self.rule == "sgd" else {"lr": self.lr, "eps": self.eps}
 
 
@@ -50,6 +69,13 @@ class OptimizerConfig(Config):
     dense: DenseOptimizer = DenseOptimizer()
     deep: TableOptimizer = TableOptimizer()
     wide: TableOptimizer = TableOptimizer()
+
+    @field_validator("deep")
+    @classmethod
+    def _embeddings_have_columns(cls, deep: TableOptimizer) -> TableOptimizer:
+        if deep.rule == "ftrl":
+            raise ValueError("rule 'ftrl' takes a row for one weight: it is for optimizer.wide alone")
+        return deep
 
     def table(self, group: str) -> TableOptimizer:
         """The rule of a group; ConfigError for a group that has none."""
@@ -73,7 +99,7 @@ def attach(model: nn.Module, rules: Mapping[str, TableOptimizer]) -> None:
     On an unsharded model with real (not "meta") tables this trains by the same rule, in torch.
     """
     for name, weight in model.named_parameters():
-        if name in rules:
+        if name in rules and rules[name].rule not in UNFUSED:
             # TorchRec writes into the kwargs: each table needs its own dict.
             apply_in_backward(RULES[rules[name].rule], [weight], rules[name].kwargs())
 
@@ -104,13 +130,25 @@ class Optimizers:
         for name, weight in self.tables.items():
             self._optimizers.append(RULES[rules[name].rule]([weight], **rules[name].kwargs()))
 
+    def gradient_norms(self) -> dict[str, torch.Tensor]:
+        """L2 norm of each dense layer's gradient, by the name of the module that holds its weights.
+
+        Of the whole gradient, before clipping: to be called between the backward pass and `step`.
+        """
+        layers: dict[str, list[torch.Tensor]] = {}
+        for name, weight in self.dense.items():
+            if weight.grad is not None:
+                layers.setdefault(name.rpartition(".")[0], []).append(weight.grad)
+        return {layer: nn.utils.get_total_norm(gradients) for layer, gradients in layers.items()}
+
     def step(self) -> None:
         """Apply and forget the gradients; dense ones are clipped by their global norm first."""
         if self._clip_norm is not None:
             nn.utils.clip_grad_norm_(self.dense.values(), self._clip_norm)
         for optimizer in self._optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=False)
+            # FTRL's gradient is as large as its table: taking over the next one saves adding it to zeros
+            optimizer.zero_grad(set_to_none=isinstance(optimizer, FTRL))
 
     def state(self) -> dict[str, torch.Tensor]:
         """`<parameter>.<slot>` -> tensor, of dense weights only; tables' is `table_accumulators`."""
@@ -130,7 +168,7 @@ class Optimizers:
                     optimizer.state[weight] = {slot: value.clone() for slot, value in slots.items()}
 
     def accumulators(self) -> dict[str, torch.Tensor]:
-        """Adagrad's sum of each table stepped here: [rows] row-wise, else [rows, dim]."""
+        """`accumulators_of` the tables, or of this worker's rows of them, that are stepped here."""
         owner = {id(w): o for o in self._optimizers for g in o.param_groups for w in g["params"]}
         return accumulators_of({name: (owner[id(w)], w) for name, w in self.tables.items()})
 
@@ -138,7 +176,10 @@ class Optimizers:
 def accumulators_of(
     tables: Mapping[str, tuple[torch.optim.Optimizer, nn.Parameter]],
 ) -> dict[str, torch.Tensor]:
-    """Adagrad's sum of each table, as a view: [rows] row-wise, else [rows, dim]; none for SGD."""
+    """Adagrad's sum of each table, as a view: [rows] row-wise, else [rows, dim]; none for SGD.
+
+    FTRL's z and n: [rows, 2].
+    """
     sums = {name: optimizer.state[weight].get("sum") for name, (optimizer, weight) in tables.items()}
     return {
         name: total.view(-1) if isinstance(tables[name][0], RowWiseAdagrad) else total

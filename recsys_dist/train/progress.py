@@ -16,6 +16,11 @@ PROGRESS = "progress.jsonl"
 _POINTS = 50  # of a learning curve, per epoch
 
 
+def steps_per_point(expected_rows: int, batch_rows: int) -> int:
+    """Steps of `batch_rows` that go by at least between two points of a curve over `expected_rows`."""
+    return max(1, int(expected_rows / _POINTS / batch_rows))
+
+
 class Progress:
     """Appends to a run's progress file; does nothing on workers other than rank 0."""
 
@@ -37,7 +42,10 @@ class Progress:
     def curve(
         self, phase: str, epoch: int, of: int, step: int, expected_rows: int
     ) -> Callable[[Totals], None]:
-        """A listener for `Epoch.on_step` that tells the mean loss since its last point, about 50 times."""
+        """A listener for `Epoch.on_step` that tells the mean loss since its last point, about 50 times.
+
+        With it go the layers' gradient norms, of the newest step that sampled them.
+        """
         began = time.perf_counter()
         told = Totals()
 
@@ -57,6 +65,7 @@ class Progress:
                     "of_rows": expected_rows,
                     "loss": (now.loss_sum - told.loss_sum) / weight if weight else 0.0,
                     "rows_per_s": now.rows / (time.perf_counter() - began),
+                    "gradients": now.gradients,
                 }
             )
             told = Totals(now.steps, now.rows, now.weight, now.loss_sum)

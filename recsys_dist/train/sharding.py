@@ -15,11 +15,13 @@ import torch
 import torch.distributed as dist
 from pydantic import Field
 from torch import nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata
+from torch.distributed._shard.sharding_spec import ShardMetadata
 from torch.distributed.nn.functional import all_reduce
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.types import ShardingPlan
@@ -29,6 +31,7 @@ from recsys_dist.errors import ConfigError
 from recsys_dist.models.layers import WorkerSum
 from recsys_dist.models.recall import GlobalRows
 from recsys_dist.train.optim import (
+    UNFUSED,
     OptimizerConfig,
     Optimizers,
     TableOptimizer,
@@ -80,7 +83,11 @@ class ShardedModel:
         """Table's parameter name -> its optimizer's sum, Tensor or ShardedTensor, views of the live state."""
         fused = self.model.fused_optimizer.state_dict()["state"]
         sums = {name: state for name, states in fused.items() for state in states.values()}
-        return {**sums, **self.optimizers.accumulators()}
+        weights = self.weights()
+        for name, local in self.optimizers.accumulators().items():
+            whole = weights[name]
+            sums[name] = _placed_as(whole, local) if isinstance(whole, ShardedTensor) else local
+        return sums
 
     def plan(self) -> dict[str, dict[str, Any]]:
         """Table -> {"kind", "ranks"}."""
@@ -113,6 +120,21 @@ class _Gather(torch.autograd.Function):
         summed = gradients[0].clone(memory_format=torch.contiguous_format)  # others may read it
         dist.all_reduce(summed)
         return summed.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def _placed_as(weight: ShardedTensor, local: torch.Tensor) -> ShardedTensor:
+    """`local` [this worker's rows, n] as part of a tensor [rows, n] that lies where the weight's rows do."""
+    found, columns = weight.metadata(), local.shape[1]
+    shards = [
+        ShardMetadata([shard.shard_offsets[0], 0], [shard.shard_sizes[0], columns], shard.placement)
+        for shard in found.shards_metadata
+    ]
+    mine = [
+        Shard(local, s) for s in shards if s.placement is not None and s.placement.rank() == dist.get_rank()
+    ]
+    size = torch.Size([found.size[0], columns])
+    whole = ShardedTensorMetadata(shards, size, found.tensor_properties)
+    return ShardedTensor._init_from_local_shards_and_global_metadata(mine, whole)
 
 
 class _Bags(EmbeddingBagCollectionSharder):
@@ -153,6 +175,7 @@ def shard(
     constraints = _constraints(sharding, tables, rules, torch.device(device).type)
     with _quiet():
         plan = _plan(model, sharders, constraints, torch.device(device).type)
+        _keep_gradients(plan, [tables[name].name for name, rule in rules.items() if rule.rule in UNFUSED])
         parallel = DistributedModelParallel(
             model, plan=plan, sharders=sharders, device=torch.device(device), init_data_parallel=False
         )
@@ -189,10 +212,11 @@ def train_unsharded(
     return Optimizers(model.named_parameters(), rules, optimizer.dense)
 
 
-def unsharded_accumulators(model: nn.Module) -> dict[str, torch.Tensor]:
-    """`ShardedModel.accumulators` of a model that `train_unsharded` prepared."""
+def unsharded_accumulators(model: nn.Module, optimizers: Optimizers) -> dict[str, torch.Tensor]:
+    """`ShardedModel.accumulators` of a model that `train_unsharded` prepared, with the optimizers it gave."""
     attached = {n: w for n, w in model.named_parameters() if hasattr(w, "_in_backward_optimizers")}
-    return accumulators_of({n: (w._in_backward_optimizers[0], w) for n, w in attached.items()})
+    fused = accumulators_of({n: (w._in_backward_optimizers[0], w) for n, w in attached.items()})
+    return {**fused, **optimizers.accumulators()}
 
 
 def _tables(model: nn.Module) -> dict[str, Any]:
@@ -234,6 +258,8 @@ def _kinds(cfg: ShardingConfig, table: Any, weight: str, rule: TableOptimizer, d
             "row-wise Adagrad would keep an accumulator per column shard and so train otherwise than "
             "unsharded; set its optimizer's rule to 'adagrad', or shard it row_wise or table_wise"
         )
+    elif rule.rule == "ftrl":
+        refused["column_wise"] = "FTRL takes a row for one weight; shard it row_wise or table_wise"
     elif dim % _COLUMNS or dim < 2 * _COLUMNS:
         refused["column_wise"] = (
             f"its dimension {dim} cannot be cut into columns of {_COLUMNS} or more; take table_wise"
@@ -262,6 +288,17 @@ def _plan(
     topology = Topology(world_size=group.size(), compute_device=device)
     planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints, stats=[])
     return planner.collective_plan(model, sharders, group)
+
+
+def _keep_gradients(plan: ShardingPlan, tables: list[str]) -> None:
+    """Have these tables looked up by the kernel that leaves an ordinary gradient to step by.
+
+    (As a planner's constraint TorchRec allows it for data-parallel tables only; it serves all others too.)
+    """
+    for placed in plan.plan.values():
+        for name, parameter in placed.items():
+            if name in tables:
+                parameter.compute_kernel = EmbeddingComputeKernel.DENSE.value
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from recsys_dist.train.calibrate import fit
 from recsys_dist.train.catalogue import catalogue_of
 from recsys_dist.train.checkpoint import Checkpoint, Manifest
 from recsys_dist.train.loop import Epoch, Loss, Totals, Workers, idle_batch
-from recsys_dist.train.progress import Progress
+from recsys_dist.train.progress import Progress, steps_per_point
 from recsys_dist.train.settings import LESS_IS_BETTER, TrainConfig
 from recsys_dist.train.sharding import ShardedModel, shard
 from recsys_dist.train.validate import item_vectors, ranked_rows, recall_users
@@ -209,7 +209,8 @@ class Run:
         torch.manual_seed(int(rng_for(*key).integers(2**63)))
         expected = sum(self.workers.gather(sum(piece.rows for piece in order)))
         curve = self.progress.curve(phase.name, number, phase.epochs, manifest.step, expected)
-        epoch = Epoch(sharded.model, sharded.optimizers, self.idle, self.workers, on_step=curve)
+        every = steps_per_point(expected, self.cfg.batch_rows)
+        epoch = Epoch(sharded.model, sharded.optimizers, self.idle, self.workers, curve, every)
         batches = (collate(table, self.schema) for table in feed.take(order, self.idle.rows))
         try:
             return epoch.run(batches, manifest.step)

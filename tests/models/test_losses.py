@@ -1,10 +1,17 @@
 """The losses against independent NumPy in double precision, forward and gradient."""
 
 import numpy as np
+import pytest
 import torch
 
 from recsys_dist.config import rng_for
-from recsys_dist.models.losses import binary_cross_entropy, sampled_softmax
+from recsys_dist.models.losses import (
+    bayesian_personalised_ranking,
+    binary_cross_entropy,
+    focal,
+    log_square,
+    sampled_softmax,
+)
 
 
 def numpy_sampled_softmax(
@@ -103,3 +110,54 @@ def test_binary_cross_entropy_is_its_formula() -> None:
         loss.detach().numpy(), [0, *(-y[1:] * np.log(p) - (1 - y[1:]) * np.log(1 - p))], rtol=1e-12
     )
     np.testing.assert_allclose(logit.grad.numpy(), [0, *(p - y[1:])], rtol=1e-12)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_focal_loss_is_its_formula(gamma: float) -> None:
+    """Lin et al. 2017, eq. 4, and appendix B: dFL/dz = t (1 - p_t)^g (g p_t log p_t + p_t - 1), t = ±1."""
+    z, y = rng_for(3, "losses").normal(size=12) * 4, np.arange(12) % 2
+    logit = torch.tensor(z, requires_grad=True)
+    loss = focal(logit, torch.tensor(y, dtype=torch.float64), gamma)
+    loss.sum().backward()
+    t = 2 * y - 1
+    p_t = 1 / (1 + np.exp(-t * z))
+    np.testing.assert_allclose(loss.detach(), -((1 - p_t) ** gamma) * np.log(p_t), rtol=1e-10)
+    slope = t * (1 - p_t) ** gamma * (gamma * p_t * np.log(p_t) + p_t - 1)
+    np.testing.assert_allclose(logit.grad, slope, rtol=1e-9)
+
+
+def test_focal_loss_is_finite_where_nothing_is_left_to_learn() -> None:
+    logit = torch.tensor([200.0, -200.0], requires_grad=True)
+    loss = focal(logit, torch.tensor([1.0, 0.0]), 0.5)
+    loss.sum().backward()
+    assert loss.sum() == 0 and bool(torch.isfinite(logit.grad).all())
+
+
+def test_bpr_is_its_formula() -> None:
+    """Rendle et al. 2009, section 4: -ln sigmoid(x̂_uij), whose slope in s⁺ is -sigmoid(-x̂_uij)."""
+    rng = rng_for(4, "losses")
+    s, others, hit = rng.normal(size=5), rng.normal(size=(5, 7)), rng.random((5, 7)) < 0.3
+    hit[2] = True  # nothing to learn from
+    positive, negative = torch.tensor(s, requires_grad=True), torch.tensor(others, requires_grad=True)
+    loss = bayesian_personalised_ranking(positive, negative, torch.tensor(hit))
+    loss.sum().backward()
+    expected, up, down = np.zeros(5), np.zeros(5), np.zeros((5, 7))
+    for b in range(5):
+        kept = np.flatnonzero(~hit[b])
+        for j in kept:
+            p = 1 / (1 + np.exp(-(s[b] - others[b, j])))
+            expected[b] -= np.log(p) / len(kept)
+            up[b] -= (1 - p) / len(kept)
+            down[b, j] = (1 - p) / len(kept)
+    np.testing.assert_allclose(loss.detach(), expected, rtol=1e-12)
+    np.testing.assert_allclose(positive.grad, up, rtol=1e-12)
+    np.testing.assert_allclose(negative.grad, down, rtol=1e-12)
+
+
+def test_log_square_is_its_formula() -> None:
+    z, v = np.array([-1.0, 0.0, 3.0]), np.array([0.0, 2.0, 1e6])
+    predicted = torch.tensor(z, requires_grad=True)
+    loss = log_square(predicted, torch.tensor(v))
+    loss.sum().backward()
+    np.testing.assert_allclose(loss.detach(), (z - np.log(1 + v)) ** 2, rtol=1e-12)
+    np.testing.assert_allclose(predicted.grad, 2 * (z - np.log(1 + v)), rtol=1e-12)

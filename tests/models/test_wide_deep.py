@@ -1,5 +1,7 @@
 """Wide & Deep against equation 3 of the paper in NumPy, and what each part reads."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -76,6 +78,17 @@ def test_joint_gradient_of_both_parts_is_the_residual() -> None:
     ][:25]
     expected = torch.zeros(25).index_add(0, batch.sparse["hour"].values().long(), residual)
     torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("norm", [None, "batch"])
+def test_parts_of_user_and_item_join_to_the_whole(norm: str | None) -> None:
+    model = build(Config(hidden=(8, 4), norm=norm))
+    whole = random_batch(Model.inputs(small_schema(), Config()), 9, rng_for(2, "rows"))
+    user, item = (dataclasses.replace(whole, dense=whole.dense[:, at : at + 1]) for at in (0, 1))
+    rows = torch.arange(9)
+    crosses = {"user_x_author": whole.sparse["user_x_author"].values()}
+    joined = model.join(model.parts(user, False), model.parts(item, True), rows, rows, crosses)
+    torch.testing.assert_close(joined, model(whole))
 
 
 def test_what_it_cannot_do_is_refused() -> None:

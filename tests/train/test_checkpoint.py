@@ -15,7 +15,7 @@ from recsys_dist.train.loop import Epoch, Workers, idle_batch
 from recsys_dist.train.sharding import ShardingConfig, shard
 from tests.train import tiny
 from tests.train.ranks import run_ranks
-from tests.train.test_sharding import ADAGRAD, ROWWISE, SEED, build, local_batches, train, whole
+from tests.train.test_sharding import ADAGRAD, FTRL, ROWWISE, SEED, build, local_batches, train, whole
 
 
 def manifest(epoch: int) -> Manifest:
@@ -72,6 +72,7 @@ def catalogue() -> Catalogue:
 
 
 DATA_PARALLEL = {"tables": {"user": "data_parallel", "item": "data_parallel"}}
+WIDE_DATA_PARALLEL = {"tables": {"wide_item": "data_parallel"}}
 COLUMN_WISE = {"tables": {"user": "column_wise", "step": "column_wise"}}
 
 
@@ -85,6 +86,9 @@ COLUMN_WISE = {"tables": {"user": "column_wise", "step": "column_wise"}}
         (ROWWISE, (2, DATA_PARALLEL), (2, {"kind": "table_wise"})),
         (ADAGRAD, (2, COLUMN_WISE), (3, {"kind": "row_wise"})),
         (ADAGRAD, (2, {"kind": "row_wise"}), (2, COLUMN_WISE)),
+        (FTRL, (2, {"kind": "row_wise"}), (3, {"kind": "table_wise"})),
+        (FTRL, (3, {"kind": "table_wise"}), (2, WIDE_DATA_PARALLEL)),
+        (FTRL, (1, WIDE_DATA_PARALLEL), (2, {"kind": "row_wise"})),
     ],
 )
 def test_training_goes_on_at_another_worker_count_and_sharding(tmp_path, optimizer, first, then):

@@ -127,6 +127,30 @@ def test_diverged_weights_are_told_from_bad_rows():
         epoch.run(iter([tiny.batch_of(8, "x")]), 0)
 
 
+def test_gradient_norms_are_each_layers_own_at_the_sampled_steps():
+    """The norm of a layer's weights and bias together, before clipping; steps 4 and 6 of 3..6 are sampled."""
+    loss = Loss(tiny.Model(tiny.Config(), tiny.schema()))
+    materialise(loss, 0)
+    cfg = OptimizerConfig.parse({"dense": {"clip_norm": 1e-3}})
+    optimizers = train_unsharded(loss, loss.model.table_groups(), cfg)
+    norms = {0: [], 2: []}  # layer -> of every step
+
+    def watched(step=optimizers.step) -> None:
+        for layer, found in norms.items():
+            parts = [p.grad.double().numpy().ravel() for p in loss.model.tower[layer].parameters()]
+            found.append(np.sqrt((np.concatenate(parts) ** 2).sum()))
+        step()
+
+    optimizers.step = watched
+    told = []
+    epoch = Epoch(loss, optimizers, idle_batch(tiny.schema(), 8), Workers(), sample_steps=2)
+    epoch.on_step = lambda totals: told.append(totals.gradients)
+    epoch.run((tiny.batch_of(8, "norms", step) for step in range(4)), 3)
+    expected = [{f"tower.{layer}": pytest.approx(norms[layer][at]) for layer in norms} for at in (1, 1, 3)]
+    assert told == [{}, *expected]
+    assert told[1] != told[3] and min(told[1].values()) > 1e-3
+
+
 def test_clipping_bounds_the_dense_gradient():
     cfg = OptimizerConfig.parse({"dense": {"clip_norm": 0.01}})
     loss = Loss(tiny.Model(tiny.Config(), tiny.schema()))

@@ -82,7 +82,11 @@ def test_a_run_from_shards_to_a_checkpoint(data, tmp_path):
     assert [entry["trained_rows"] for entry in result.history] == [sum(prepared.SPLITS["train"])] * 2
     assert result.history[-1]["auc"] > 0.6
     assert [line["epoch"] for line in lines if line["kind"] == "epoch"] == [1, 2]
-    assert sum(line["kind"] == "curve" for line in lines) > 10
+    points = [line for line in lines if line["kind"] == "curve"]
+    assert len(points) > 10
+    for point in points:
+        assert point["gradients"].keys() == {"tower.layers.0", "tower.layers.2"}
+        assert min(point["gradients"].values()) > 0
     best = result.history[result.chosen_epoch - 1]
     assert best["auc"] == max(entry["auc"] for entry in result.history)
 

@@ -12,6 +12,7 @@ from recsys_dist.train.settings import TrainConfig
 
 _PREPARED = "runs/data"  # where jobs.prepare's examples write
 
+_TOWERS = ("mlp", "deep_crossing", "dcn", "deepfm", "dlrm", "youtubednn_ranking")
 RECIPES: dict[str, dict[str, Any]] = {
     "wide_deep": {
         "model": {"name": "wide_deep"},
@@ -21,7 +22,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     **{
         name: {"model": {"name": name}, "batch_rows": 1024, "epochs": 3, "optimizer": {"deep": {"lr": 0.1}}}
-        for name in ("lr", "fm", "mlp", "deep_crossing", "dcn", "deepfm", "dlrm", "youtubednn_ranking")
+        for name in ("lr", "fm", *_TOWERS)
     },
     "youtubednn": {"model": {"name": "youtubednn"}, "batch_rows": 2048, "epochs": 2},
     "two_tower": {
@@ -38,15 +39,22 @@ _ANY = {
     "optimizer.deep.lr": {"log": [0.01, 0.3]},
     "optimizer.dense.lr": {"log": [0.0003, 0.01]},
 }
+_TOWER = {
+    "model.hidden": {"choice": [[64], [128, 64], [256, 128], [512, 256], [256, 128, 64], [512, 256, 128]]},
+    "model.embedding_dim": {"choice": [8, 16, 32]},
+    "batch_rows": {"choice": [512, 1024, 2048, 4096]},
+}
+_LINEAR = {"optimizer.wide.lr": {"log": [0.003, 0.1]}}
+_CROSS = {"model.cross_layers": {"int": [1, 5]}, "model.structure": {"choice": ["parallel", "stacked"]}}
+_OWN: dict[str, dict[str, Any]] = {"deepfm": _LINEAR, "dcn": _CROSS}
 SPACES: dict[str, dict[str, Any]] = {
-    "wide_deep": {
-        "model.hidden": {
-            "choice": [[64], [128, 64], [256, 128], [512, 256], [256, 128, 64], [512, 256, 128]]
-        },
-        "model.embedding_dim": {"choice": [8, 16, 32]},
-        "batch_rows": {"choice": [512, 1024, 2048, 4096]},
-        "optimizer.wide.lr": {"log": [0.003, 0.1]},
-        **_ANY,
+    "wide_deep": {**_TOWER, **_LINEAR, **_ANY},
+    **{name: {**_TOWER, **_OWN.get(name, {}), **_ANY} for name in _TOWERS},
+    "lr": {**_LINEAR, "optimizer.dense.lr": _ANY["optimizer.dense.lr"]},
+    "fm": {
+        "model.embedding_dim": _TOWER["model.embedding_dim"],
+        "optimizer.deep.lr": _ANY["optimizer.deep.lr"],
+        **_LINEAR,
     },
     "youtubednn": {
         "model.hidden": {"choice": [[128], [256], [512], [512, 256]]},

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jobs import recipes, tune
-from recsys_dist.data.prepared import Prepared
+from recsys_dist.data.prepared import Manifest, Prepared
 from recsys_dist.errors import ConfigError
 from recsys_dist.train.settings import TrainConfig
 from recsys_dist.tune.space import Space, Told, settings
@@ -89,6 +89,9 @@ def test_importance_tells_what_decides(data):
 
 @pytest.mark.parametrize("recipe", recipes.RECIPES)
 def test_every_recipe_has_a_space(recipe, data):
+    values = data.manifest.model_dump()  # a model may expect an amount, which this log has none of
+    values["fitted_schema"]["labels"] += ({"name": "watch_ms", "kind": "value"},)
+    data = Prepared(data.path, Manifest.parse(values))
     cfg = recipes.named(recipe, {"data": str(data.path)})
     space = Space.parse(recipes.SPACES[cfg.model.name], cfg, data)
     assert space.values_of(cfg).keys() == recipes.SPACES[cfg.model.name].keys(), (

@@ -75,13 +75,12 @@ def prepare(path: Path, log: pa.Table | None = None) -> Prepared:
     return Prepared.open(path)
 
 
-def train_pair(prepared: Prepared, root: Path, **models: dict[str, Any]) -> dict[str, Path]:
-    """Checkpoints by task, by one worker: this process. `models` replaces MODELS by task."""
+def train(prepared: Prepared, root: Path, models: dict[str, dict[str, Any]] = MODELS) -> dict[str, Path]:
+    """Checkpoints by task, by one worker: this process."""
     root.mkdir(parents=True, exist_ok=True)
     dist.init_process_group("gloo", init_method=(root / "store").as_uri(), rank=0, world_size=1)
     try:
-        chosen = MODELS | models
-        return {task: _train(config(prepared, task, model=chosen[task]), root / task) for task in chosen}
+        return {task: _train(config(prepared, task, model=models[task]), root / task) for task in models}
     finally:
         dist.destroy_process_group()
 

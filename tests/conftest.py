@@ -22,7 +22,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
     root = tmp_path_factory.mktemp("pair")
     prepared = bundles.prepare(root / "data")
-    checkpoints = bundles.train_pair(prepared, root / "models")
+    checkpoints = bundles.train(prepared, root / "models")
     return Pair(prepared, checkpoints, bundles.evaluations(prepared, checkpoints))
 
 

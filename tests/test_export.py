@@ -132,7 +132,10 @@ def test_a_large_catalogue_gets_lists_and_their_recall_is_measured(pair: Pair, t
 def test_an_item_tower_is_exported_as_its_vectors(pair: Pair, tmp_path: Path) -> None:
     """From the catalogue in the checkpoint; the bundle serves the user tower without the items' tables."""
     tower = {"name": "two_tower", "embedding_dim": 8, "side_dim": 4, "hidden": [16], "output_dim": 8}
-    checkpoints = bundles.train_pair(pair.prepared, tmp_path / "trained", recall=tower)
+    checkpoints = {
+        **pair.checkpoints,
+        **bundles.train(pair.prepared, tmp_path / "trained", {"recall": tower}),
+    }
     opened = Bundle.open(export(pair.prepared, checkpoints, pair.evaluations, tmp_path / "bundles").path)
     world = World(opened.encoders, opened.users, opened.items)
     at = world.items.positions(opened.item_ids)

@@ -48,7 +48,7 @@ def test_from_a_run_to_the_champion_and_back(
     assert "gates:" not in said(FEW), "it is champion already"
 
     later = bundles.prepare(tmp_path / "later", small_log.events(seed=1))
-    second = lay_out(tmp_path / "run", later, bundles.train_pair(later, tmp_path / "models"))
+    second = lay_out(tmp_path / "run", later, bundles.train(later, tmp_path / "models"))
     uri = f"sqlite:///{run / 'mlflow.db'}"
     found = said(FEW, "--run", str(second), "--tracking-uri", uri)
     assert "registered as version 2" in found and f"against champion {version}: 0." in found

@@ -20,6 +20,14 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optimizer": {"deep": {"lr": 0.1}, "wide": {"lr": 0.03}},
     },
     "youtubednn": {"model": {"name": "youtubednn"}, "batch_rows": 2048, "epochs": 2},
+    "sasrec": {
+        "model": {"name": "sasrec", "dropout": 0.2, "negatives": 512, "negatives_alpha": 0.5},
+        "batch_rows": 32,  # each a whole sequence
+        "epochs": 100,
+        "patience": 5,
+        "metric": "ndcg@100",
+        "optimizer": {"deep": {"lr": 0.1}},
+    },
 }
 
 # What `python -m jobs.tune` searches, by model, where it is given no file.
@@ -48,6 +56,17 @@ SPACES: dict[str, dict[str, Any]] = {
         "model.negatives_alpha": {"uniform": [0.0, 1.0]},
         "batch_rows": {"choice": [1024, 2048, 4096]},
         **_ANY,
+    },
+    "sasrec": {
+        "model.dim": {"choice": [32, 64, 128]},
+        "model.blocks": {"choice": [1, 2, 3]},
+        "model.heads": {"choice": [1, 2, 4]},
+        "model.loss": {"choice": ["sampled_softmax", "gbce"]},
+        "model.negatives": {"choice": [256, 512, 1024]},
+        "model.negatives_alpha": {"uniform": [0.0, 1.0]},
+        "batch_rows": {"choice": [32, 64, 128, 256]},
+        **{key: values for key, values in _ANY.items() if key != "model.activation"},
+        "model.dropout": {"uniform": [0.0, 0.5]},
     },
 }
 

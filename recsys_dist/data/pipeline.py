@@ -38,7 +38,7 @@ from recsys_dist.data.split import SPLITS, Split, check_split, choose_split, cho
 from recsys_dist.errors import ConfigError, DataError, QuarantineError, RecsysError, SourceError
 from recsys_dist.schema import Schema, side
 
-FORMAT = 1  # of the prepared files; raise it when they change, so that old ones are made anew
+FORMAT = 2  # of the prepared files; raise it when they change, so that old ones are made anew
 EVENTS = "events.json"  # written when events/ is complete
 
 
@@ -222,10 +222,13 @@ def _build(
         name: _shard_set([r for r in made if r["split"] == name])
         for name in (*(f"ranking/{split}" for split in SPLITS), "recall/train", "recall/valid")
     }
-    for name in ("valid", "test"):
-        files = sorted((path / "users" / name).glob("part-*.parquet"))
+    sequences = [
+        f"sequences/{f.name}/{p}" for f in world.encoders.schema.item_sequences for p in stages.PHASES
+    ]
+    for name in ("users/valid", "users/test", *sequences):
+        files = sorted((path / name).glob("part-*.parquet"))
         lengths = tuple(pq.read_metadata(file).num_rows for file in files)
-        sets[f"users/{name}"] = ShardSet(files=tuple(str(f.relative_to(path)) for f in files), rows=lengths)
+        sets[name] = ShardSet(files=tuple(str(f.relative_to(path)) for f in files), rows=lengths)
     return sets
 
 
@@ -345,7 +348,7 @@ def _holds(file: Path, fingerprint: str | None = None) -> bool:
 def _clear(path: Path, keep_events: bool) -> None:
     """Remove what an earlier or unfinished preparation left; refuse a directory that holds anything else."""
     of_events = {EVENTS, "ledger.json", "ledger", "events", "quarantine"}
-    made = {MANIFEST, "items.parquet", "vocabulary", "entities", "ranking", "recall", "users"}
+    made = {MANIFEST, "items.parquet", "vocabulary", "entities", "ranking", "recall", "sequences", "users"}
     foreign = sorted(p.name for p in path.iterdir() if p.name not in made | of_events | {LOCK})
     if (path / MANIFEST).exists() and not _holds(path / MANIFEST):
         foreign.append(MANIFEST)

@@ -5,12 +5,12 @@ B rows, S negatives, D dimension of the shared space, I rows of the item table
 
 import numpy as np
 import torch
-from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
+from torchrec import EmbeddingBagCollection, JaggedTensor, KeyedJaggedTensor
 
 from recsys_dist.config import rng_for
 from recsys_dist.errors import ConfigError
 
-_LOOKUP_ROWS = 65_536  # a whole table is looked up in blocks: the all-to-all's buffers stay bounded
+LOOKUP_ROWS = 65_536  # a whole table is looked up in blocks: the all-to-all's buffers stay bounded
 
 
 class Negatives:
@@ -50,7 +50,7 @@ def lookup(
 def every_row(tables: EmbeddingBagCollection, key: str, rows: int, device: torch.device) -> torch.Tensor:
     """[rows, D] the whole table; on sharded tables every worker calls it together and gets it all."""
     ids = torch.arange(rows, dtype=torch.int32, device=device)
-    blocks = torch.split(ids, _LOOKUP_ROWS)
+    blocks = torch.split(ids, LOOKUP_ROWS)
     return torch.cat([lookup(tables, key, block, torch.ones_like(block)) for block in blocks])
 
 
@@ -59,3 +59,24 @@ def one_id(sparse: KeyedJaggedTensor, name: str) -> torch.Tensor:
     jagged = sparse[name]
     ids = torch.cat([jagged.values(), jagged.values().new_zeros(1)])
     return ids[jagged.offsets()[:-1].long()] * jagged.lengths()
+
+
+def newest(past: JaggedTensor, length: int) -> tuple[JaggedTensor, torch.Tensor]:
+    """The newest `length` ids of each row, shortest first; a row without any has one, the unknown id 0.
+
+    Also the row [B] that each came from.
+    """
+    lengths, order = past.lengths().clamp(1, length).sort(stable=True)
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=lengths.dtype)])
+    row_V = torch.repeat_interleave(lengths)
+    first = past.offsets()[1:][order] - lengths
+    at_V = (first - offsets[:-1])[row_V] + torch.arange(len(row_V), device=row_V.device)
+    some = past.lengths()[order] > 0
+    ids = past.values()
+    ids = torch.cat([ids, ids.new_zeros(1)])[at_V] * some[row_V]
+    return JaggedTensor(ids, lengths=lengths, offsets=offsets), order
+
+
+def following(past: JaggedTensor, last: torch.Tensor) -> torch.Tensor:
+    """[V] the id after each of the V of `past`; after a row's newest it is the row's of `last` [B]."""
+    return past.values().roll(-1).index_copy(0, past.offsets()[1:].long() - 1, last)

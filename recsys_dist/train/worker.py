@@ -88,14 +88,14 @@ class Run:
 
     def all_phases(self) -> None:
         """Choose the number of epochs, refit if asked to, and write down the result."""
-        train, valid = f"{self.cfg.task}/train", f"{self.cfg.task}/valid"
+        splits = self.cfg.training_splits(self.schema)
         held_out = "ranking/valid" if self.cfg.task == "ranking" else "users/valid"
-        chosen = self.run(Phase("choose", (train,), held_out, self.cfg.epochs))
+        chosen = self.run(Phase("choose", splits["choose"], held_out, self.cfg.epochs))
         history = chosen.manifest.history
         epoch = best_epoch(history, self.cfg.chosen_metric)
         trained = list(history)
         if self.cfg.refit:
-            refit = self.run(Phase("refit", (train, valid), None, epoch))
+            refit = self.run(Phase("refit", splits["refit"], None, epoch))
             final, trained = refit.path, [*history, *refit.manifest.history]
         else:
             final = next((self.path / "choose").glob(f"epoch-{epoch:04d}-*"))

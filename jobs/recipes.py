@@ -28,6 +28,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "metric": "ndcg@100",
         "optimizer": {"deep": {"lr": 0.1}},
     },
+    "item2vec": {
+        "model": {"name": "item2vec"},
+        "batch_rows": 128,  # each a whole sequence
+        "epochs": 30,
+        "patience": 3,
+        "optimizer": {"deep": {"lr": 0.1}},
+    },
 }
 
 # What `python -m jobs.tune` searches, by model, where it is given no file.
@@ -56,6 +63,15 @@ SPACES: dict[str, dict[str, Any]] = {
         "model.negatives_alpha": {"uniform": [0.0, 1.0]},
         "batch_rows": {"choice": [1024, 2048, 4096]},
         **_ANY,
+    },
+    "item2vec": {
+        "model.dim": {"choice": [32, 64, 128]},
+        "model.window": {"choice": [2, 5, 10, 20]},
+        "model.negatives_per_pair": {"log": [2.0, 20.0]},
+        "model.negatives_alpha": {"uniform": [0.0, 1.0]},
+        "model.subsample": {"log": [0.00003, 0.01]},
+        "batch_rows": {"choice": [64, 128, 256, 512]},
+        "optimizer.deep.lr": {"log": [0.01, 0.3]},
     },
     "sasrec": {
         "model.dim": {"choice": [32, 64, 128]},

@@ -20,14 +20,22 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 from torch.nn import functional as F
-from torchrec import EmbeddingCollection, EmbeddingConfig, JaggedTensor, KeyedJaggedTensor
+from torchrec import JaggedTensor
 
 from recsys_dist.batch import Batch
-from recsys_dist.errors import ConfigError
-from recsys_dist.models.layers import DIM_UNIT, MLP, Activation, normal, table_rows
+from recsys_dist.models.layers import DIM_UNIT, MLP, Activation, table_rows
 from recsys_dist.models.losses import gbce, gbce_beta, sampled_softmax
 from recsys_dist.models.protocol import Catalogue, ModelConfig, Task
-from recsys_dist.models.recall import LOOKUP_ROWS, Negatives, following, newest, one_id
+from recsys_dist.models.recall import (
+    Negatives,
+    all_vectors,
+    following,
+    item_sequence,
+    item_tables,
+    newest,
+    one_id,
+    vectors_of,
+)
 from recsys_dist.schema import Schema
 
 
@@ -114,17 +122,7 @@ class Model(nn.Module):
         read = {item.name: [past.name, item.name]}
         if not cfg.tied:
             read = {item.name: [past.name], f"output_{item.name}": [item.name]}
-        tables = [
-            EmbeddingConfig(
-                name=name,
-                num_embeddings=table_rows(item),
-                embedding_dim=cfg.dim,
-                feature_names=features,
-                init_fn=normal(cfg.embedding_std),
-            )
-            for name, features in read.items()
-        ]
-        self.tables = EmbeddingCollection(tables=tables, device=torch.device("meta"))
+        self.tables = item_tables(item, cfg.dim, cfg.embedding_std, read)
         self.places = nn.Parameter(torch.randn(self.longest, cfg.dim) * cfg.embedding_std)
         self.dropout = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.blocks)])
@@ -140,29 +138,20 @@ class Model(nn.Module):
     @staticmethod
     def inputs(schema: Schema, cfg: Config) -> Schema:
         """A sequence of item ids, and the item's id; ConfigError where there is none."""
-        names = [feature.name for feature in schema.item_sequences]
-        if not names:
-            raise ConfigError("sasrec: needs a sequence of item ids, the user's past items, and has none")
-        chosen = names[0] if cfg.sequence is None else cfg.sequence
-        if chosen not in names:
-            raise ConfigError(f"sasrec: {chosen!r} is no sequence of item ids; those are {', '.join(names)}")
-        return schema.select({chosen, schema.item_id.name})
+        return item_sequence(schema, cfg.sequence, "sasrec")
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """[B, D] user vectors: what their newest positions predict."""
         past, row_B = newest(batch.sparse[self.past], self.longest)
-        past_VD, _ = self._vectors(past, past.values()[:0], torch.zeros_like(past.lengths()))
+        none = JaggedTensor(past.values()[:0], lengths=torch.zeros_like(past.lengths()))
+        past_VD, _ = vectors_of(self.tables, {self.past: past, self.item: none})
         last_B = past.offsets()[1:] - 1
         return self._hidden(past, past_VD)[last_B[row_B.argsort()]]
 
     def item_vectors(self) -> torch.Tensor:
         """[I, D] item vectors; on sharded tables every worker calls it together and gets them all."""
-        ids = torch.arange(len(self.log_q_I), dtype=torch.int32, device=self.log_q_I.device)
-        found = []
-        for block in torch.split(ids, LOOKUP_ROWS):
-            none = JaggedTensor(block[:0], lengths=torch.zeros_like(block))
-            found.append(self._vectors(none, block, torch.ones_like(block))[1])
-        return torch.cat(found)
+        rows, device = len(self.log_q_I), self.log_q_I.device
+        return all_vectors(self.tables, self.item, [self.past], rows, device)
 
     def loss(self, batch: Batch, step: int) -> torch.Tensor:
         """[B] sum of the losses of a row's positions, divided by the sequence's `max_length`.
@@ -178,7 +167,8 @@ class Model(nn.Module):
             other_S = self.negatives.draw(step)
         other_S = other_S.to(next_V.device)
         lengths = torch.cat([past.lengths(), torch.ones_like(other_S)])
-        past_VD, out = self._vectors(past, torch.cat([next_V, other_S]), lengths)
+        scored = JaggedTensor(torch.cat([next_V, other_S]), lengths=lengths)
+        past_VD, out = vectors_of(self.tables, {self.past: past, self.item: scored})
         next_VD, other_SD = out[: len(next_V)], out[len(next_V) :]
         hidden_VD = self._hidden(past, past_VD)
         next_score_V = (hidden_VD * next_VD).sum(dim=1)
@@ -189,18 +179,6 @@ class Model(nn.Module):
     def table_groups(self) -> Mapping[str, list[nn.Parameter]]:
         """`"deep"`: the item table, and the output's where it has its own."""
         return {"deep": list(self.tables.parameters())}
-
-    def _vectors(
-        self, past: JaggedTensor, ids: torch.Tensor, lengths: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Input vectors of sequences, output vectors of `ids`, in one exchange between workers.
-
-        `lengths` are as many on all workers, and at least as many as there are sequences.
-        """
-        none = lengths.new_zeros(len(lengths) - len(past.lengths()))
-        values, both = torch.cat([past.values(), ids]), torch.cat([past.lengths(), none, lengths])
-        found = self.tables(KeyedJaggedTensor(keys=[self.past, self.item], values=values, lengths=both))
-        return found[self.past].values(), found[self.item].values()
 
     def _hidden(self, past: JaggedTensor, x_VD: torch.Tensor) -> torch.Tensor:
         """[V, D] what each position predicts."""

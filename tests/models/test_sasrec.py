@@ -1,8 +1,11 @@
 """SASRec against its equations in NumPy, a sequence at a time; what it reads; sequences of any length."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torchrec import JaggedTensor
 
 from recsys_dist.batch import Batch
 from recsys_dist.config import rng_for
@@ -25,9 +28,13 @@ def build(cfg: Config, longest: int = LONGEST) -> tuple[Model, Schema]:
     for parameter in model.parameters():  # away from zero biases and unit norms, which hide mistakes
         parameter.data += 0.1 * torch.randn_like(parameter)
         parameter.data = parameter.data.float().double()
-    vectors = model._vectors  # TorchRec gives float32 whatever its table has
-    model._vectors = lambda *args: tuple(v.double() for v in vectors(*args))  # type: ignore[method-assign]
+    model.tables.register_forward_hook(in_double)
     return model, schema
+
+
+def in_double(_module: Any, _inputs: Any, found: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
+    """TorchRec gives float32 whatever its tables have."""
+    return {key: JaggedTensor(v.values().double(), lengths=v.lengths()) for key, v in found.items()}
 
 
 def norm(x: np.ndarray, layer: torch.nn.LayerNorm) -> np.ndarray:

@@ -32,6 +32,7 @@ from recsys_dist.models.recall import (
     item_sequence,
     item_tables,
     newest,
+    nothing,
     one_id,
     vectors_of,
 )
@@ -82,8 +83,8 @@ class Model(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """[B, D] user vectors."""
         past, row_B = newest(batch.sparse[self.past], self.longest)
-        none = JaggedTensor(past.values()[:0], lengths=torch.zeros_like(past.lengths()))
-        item_VD, _ = vectors_of(self.tables, {self.past: past, self.item: none})
+        found = vectors_of(self.tables, {self.past: past, self.item: nothing(past.lengths())})
+        item_VD = found[self.past]
         of_V = torch.repeat_interleave(row_B, past.lengths())
         summed_BD = item_VD.new_zeros(batch.rows, self.cfg.dim).index_add(
             0, of_V, F.normalize(item_VD, dim=1)
@@ -103,8 +104,9 @@ class Model(nn.Module):
         contexts = JaggedTensor(
             torch.cat([all_V.values(), drawn.values()]), lengths=torch.cat([all_V.lengths(), drawn.lengths()])
         )
-        u_VD, v = vectors_of(self.tables, {self.past: all_V, self.item: contexts})
-        v_VD, drawn_SD = v[: len(u_VD)], v[len(u_VD) :]
+        found = vectors_of(self.tables, {self.past: all_V, self.item: contexts})
+        u_VD = found[self.past]
+        v_VD, drawn_SD = torch.split(found[self.item], [len(u_VD), len(drawn.values())])
         of_V = torch.repeat_interleave(row_B, all_V.lengths())
         # the unknown item tells of a user who begins, but is nothing to predict
         keep_V = self.keep_I[all_V.values()]

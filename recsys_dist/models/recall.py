@@ -97,18 +97,22 @@ def each(ids: torch.Tensor) -> JaggedTensor:
     return JaggedTensor(ids, lengths=torch.ones_like(ids))
 
 
-def vectors_of(tables: EmbeddingCollection, sought: Mapping[str, JaggedTensor]) -> list[torch.Tensor]:
+def nothing(ids: torch.Tensor) -> JaggedTensor:
+    """As many rows, without any id."""
+    return JaggedTensor(ids[:0], lengths=torch.zeros_like(ids))
+
+
+def vectors_of(tables: EmbeddingCollection, sought: Mapping[str, JaggedTensor]) -> dict[str, torch.Tensor]:
     """For each feature of `tables` the vectors [V, D] of its ids, in one exchange between workers.
 
     Each feature's rows are equally many on all workers; they need not be as many as another's.
     """
+    keys = sorted(sought)  # a sharded collection takes the first call's order for that of all
     rows = max(len(jagged.lengths()) for jagged in sought.values())
-    lengths = [F.pad(jagged.lengths(), (0, rows - len(jagged.lengths()))) for jagged in sought.values()]
-    ids = [jagged.values() for jagged in sought.values()]
-    found = tables(
-        KeyedJaggedTensor(keys=list(sought), values=torch.cat(ids), lengths=torch.cat(lengths).int())
-    )
-    return [found[key].values() for key in sought]
+    lengths = [F.pad(sought[key].lengths(), (0, rows - len(sought[key].lengths()))) for key in keys]
+    ids = torch.cat([sought[key].values() for key in keys])
+    found = tables(KeyedJaggedTensor(keys=keys, values=ids, lengths=torch.cat(lengths).int()))
+    return {key: found[key].values() for key in keys}
 
 
 def all_vectors(
@@ -117,8 +121,8 @@ def all_vectors(
     """`every_row` of such tables: that of feature `key`; `others` are their other features."""
     found = []
     for ids in torch.split(torch.arange(rows, dtype=torch.int32, device=device), _LOOKUP_ROWS):
-        none = JaggedTensor(ids[:0], lengths=torch.zeros_like(ids))
-        found += vectors_of(tables, {key: each(ids), **dict.fromkeys(others, none)})[:1]
+        sought = dict.fromkeys(others, nothing(ids)) | {key: each(ids)}
+        found.append(vectors_of(tables, sought)[key])
     return torch.cat(found)
 
 

@@ -33,6 +33,7 @@ from recsys_dist.models.recall import (
     item_sequence,
     item_tables,
     newest,
+    nothing,
     one_id,
     vectors_of,
 )
@@ -143,10 +144,9 @@ class Model(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """[B, D] user vectors: what their newest positions predict."""
         past, row_B = newest(batch.sparse[self.past], self.longest)
-        none = JaggedTensor(past.values()[:0], lengths=torch.zeros_like(past.lengths()))
-        past_VD, _ = vectors_of(self.tables, {self.past: past, self.item: none})
+        found = vectors_of(self.tables, {self.past: past, self.item: nothing(past.lengths())})
         last_B = past.offsets()[1:] - 1
-        return self._hidden(past, past_VD)[last_B[row_B.argsort()]]
+        return self._hidden(past, found[self.past])[last_B[row_B.argsort()]]
 
     def item_vectors(self) -> torch.Tensor:
         """[I, D] item vectors; on sharded tables every worker calls it together and gets them all."""
@@ -168,9 +168,9 @@ class Model(nn.Module):
         other_S = other_S.to(next_V.device)
         lengths = torch.cat([past.lengths(), torch.ones_like(other_S)])
         scored = JaggedTensor(torch.cat([next_V, other_S]), lengths=lengths)
-        past_VD, out = vectors_of(self.tables, {self.past: past, self.item: scored})
-        next_VD, other_SD = out[: len(next_V)], out[len(next_V) :]
-        hidden_VD = self._hidden(past, past_VD)
+        found = vectors_of(self.tables, {self.past: past, self.item: scored})
+        next_VD, other_SD = torch.split(found[self.item], [len(next_V), len(other_S)])
+        hidden_VD = self._hidden(past, found[self.past])
         next_score_V = (hidden_VD * next_VD).sum(dim=1)
         loss_V = self._loss(next_score_V, hidden_VD @ other_SD.T, next_V, other_S) * (next_V > 0)
         of_V = torch.repeat_interleave(row_B, past.lengths())

@@ -30,6 +30,21 @@ RECIPES: dict[str, dict[str, Any]] = {
         "batch_rows": 2048,
         "epochs": 3,
     },
+    "sasrec": {
+        "model": {"name": "sasrec", "dropout": 0.2, "negatives": 512, "negatives_alpha": 0.5},
+        "batch_rows": 32,  # each a whole sequence
+        "epochs": 100,
+        "patience": 5,
+        "metric": "ndcg@100",
+        "optimizer": {"deep": {"lr": 0.1}},
+    },
+    "item2vec": {
+        "model": {"name": "item2vec"},
+        "batch_rows": 128,  # each a whole sequence
+        "epochs": 30,
+        "patience": 3,
+        "optimizer": {"deep": {"lr": 0.1}},
+    },
 }
 
 # What `python -m jobs.tune` searches, by model, where it is given no file.
@@ -77,6 +92,26 @@ SPACES: dict[str, dict[str, Any]] = {
         "model.mask_history": {"choice": [False, True]},
         "batch_rows": {"choice": [1024, 2048, 4096]},
         **_ANY,
+    },
+    "item2vec": {
+        "model.dim": {"choice": [32, 64, 128]},
+        "model.window": {"choice": [2, 5, 10, 20]},
+        "model.negatives_per_pair": {"log": [2.0, 20.0]},
+        "model.negatives_alpha": {"uniform": [0.0, 1.0]},
+        "model.subsample": {"log": [0.00003, 0.01]},
+        "batch_rows": {"choice": [64, 128, 256, 512]},
+        "optimizer.deep.lr": {"log": [0.01, 0.3]},
+    },
+    "sasrec": {
+        "model.dim": {"choice": [32, 64, 128]},
+        "model.blocks": {"choice": [1, 2, 3]},
+        "model.heads": {"choice": [1, 2, 4]},
+        "model.loss": {"choice": ["sampled_softmax", "gbce"]},
+        "model.negatives": {"choice": [256, 512, 1024]},
+        "model.negatives_alpha": {"uniform": [0.0, 1.0]},
+        "batch_rows": {"choice": [32, 64, 128, 256]},
+        **{key: values for key, values in _ANY.items() if key != "model.activation"},
+        "model.dropout": {"uniform": [0.0, 0.5]},
     },
 }
 

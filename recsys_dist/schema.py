@@ -231,6 +231,11 @@ class Schema(Config):
         return tuple(f for f in self.features if isinstance(f, Sequence))
 
     @property
+    def item_sequences(self) -> tuple[Sequence, ...]:
+        """Sequences of the items' own ids."""
+        return tuple(f for f in self.sequences if f.of == self.item_id.name)
+
+    @property
     def dense(self) -> tuple[DenseFeature, ...]:
         """Float features, in schema order: the columns of `Batch.dense`."""
         return tuple(f for f in self.features if isinstance(f, DenseFeature))

@@ -48,13 +48,14 @@ def random_batch(
 ) -> Batch:
     """Uniform ids from row 1, 0..max_length ids a sequence, normal floats, fair coins and seconds as labels.
 
-    `columns` fixes single ids, floats or labels by name: [rows] each.
+    `columns` fixes single ids, floats or labels by name, or the only id of a sequence: [rows] each.
     """
     fixed = columns or {}
     values, lengths = [], []
     for feature in schema.ids:
         assert feature.rows is not None
-        longest = feature.max_length if isinstance(feature, Sequence) else None
+        listed = isinstance(feature, Sequence) and feature.name not in fixed
+        longest = feature.max_length if listed else None
         length = rng.integers(0, longest + 1, rows) if longest else np.ones(rows, np.int64)
         ids = fixed[feature.name] if feature.name in fixed else rng.integers(1, feature.rows, length.sum())
         values.append(ids)

@@ -15,7 +15,7 @@ from recsys_dist.data import transforms
 from recsys_dist.data.counts import is_positive
 from recsys_dist.data.encoders import Encoders, statistic
 from recsys_dist.data.entities import Entities
-from recsys_dist.data.histories import Timeline
+from recsys_dist.data.histories import Timeline, chunk_ends
 from recsys_dist.data.split import SPLITS, Split
 from recsys_dist.schema import Bucketed, Categorical, Cross, Numeric, Sequence, Statistic, Time, side
 
@@ -115,6 +115,26 @@ def user_states(events: pa.Table, world: World, split: Split, name: str) -> pa.T
     )
 
 
+def chunks(events: pa.Table, world: World, split: Split, feature: Sequence, until: str) -> pa.Table:
+    """Few rows that hold all of a sequence feature's events up to split `until`, each as a target once.
+
+    A row is an event with the sequence before it, and the item's id: for models that learn to tell
+    every item of a sequence, and the row's own, from what came before. (Not seen as targets are events
+    at the very time of a row's own, and one more time those as many before it.)
+    """
+    schema = world.encoders.schema
+    wanted = _wanted(events, feature) & (split.assign(events["date"]) <= SPLITS.index(until))
+    builder = _Builder(events, world, chunk_ends(_codes(events["user_id"]), wanted, feature.max_length))
+    return pa.table(
+        {
+            feature.name: builder.sequence(feature),
+            schema.item_id.name: builder.single(schema.item_id),
+            "user_id": builder.asked["user_id"],
+            "timestamp": builder.asked["timestamp"],
+        }
+    )
+
+
 class _Builder:
     """Feature columns of the events at positions `of`; what several features share is computed once."""
 
@@ -131,12 +151,12 @@ class _Builder:
 
     def columns(self) -> dict[str, pa.Array]:
         singles = {
-            f.name: self._single(f) for f in self.schema.features if not isinstance(f, Cross | Sequence)
+            f.name: self.single(f) for f in self.schema.features if not isinstance(f, Cross | Sequence)
         }
         columns: dict[str, pa.Array] = {}
         for feature in self.schema.features:
             if isinstance(feature, Sequence):
-                columns[feature.name] = self._sequence(feature)
+                columns[feature.name] = self.sequence(feature)
             elif isinstance(feature, Cross):
                 parts = [singles[name] for name in feature.of]
                 columns[feature.name] = pa.array(transforms.cross(parts, feature.hash_buckets))
@@ -144,7 +164,7 @@ class _Builder:
                 columns[feature.name] = pa.array(singles[feature.name])
         return columns
 
-    def _single(self, feature: Categorical | Bucketed | Numeric | Time | Statistic) -> np.ndarray:
+    def single(self, feature: Categorical | Bucketed | Numeric | Time | Statistic) -> np.ndarray:
         if isinstance(feature, Time):
             local = transforms.hour if feature.part == "hour" else transforms.weekday
             return local(self.timestamp_us, self.schema.utc_offset_hours)
@@ -172,12 +192,8 @@ class _Builder:
         past = statistic(feature, stats, keys, np.minimum(today, encoders.freeze_day))
         return transforms.scaled(past, encoders.scales[feature.name])
 
-    def _sequence(self, feature: Sequence) -> pa.Array:
-        wanted = self.is_event
-        if feature.where is not None:
-            label = transforms.floats(self.past[feature.where])
-            wanted = wanted & (np.nan_to_num(label) > 0)
-        offsets, at = self.timeline.last(wanted, feature.max_length, self.of)
+    def sequence(self, feature: Sequence) -> pa.Array:
+        offsets, at = self.timeline.last(_wanted(self.past, feature), feature.max_length, self.of)
         if feature.others_only:
             own = np.repeat(self.item, np.diff(offsets))
             kept = (self.past_item[at] != own) | (own == 0)  # 0: a row that asks for a user has no item
@@ -186,15 +202,23 @@ class _Builder:
         return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(ids))
 
     @cached_property
-    def is_event(self) -> np.ndarray:
-        if STATE not in self.past.column_names:
-            return np.ones(len(self.past), bool)
-        return ~np.asarray(pc.fill_null(self.past[STATE], False))
-
-    @cached_property
     def timeline(self) -> Timeline:
-        codes = self.past["user_id"].combine_chunks().dictionary_encode().indices
-        return Timeline.of(np.asarray(codes), np.asarray(self.past["timestamp"].cast(pa.int64())))
+        return Timeline.of(_codes(self.past["user_id"]), np.asarray(self.past["timestamp"].cast(pa.int64())))
+
+
+def _codes(column: pa.ChunkedArray) -> np.ndarray:
+    """[n] int32: equal values have equal codes."""
+    return np.asarray(column.combine_chunks().dictionary_encode().indices)
+
+
+def _wanted(events: pa.Table, feature: Sequence) -> np.ndarray:
+    """[n] bool: events whose items a sequence lists."""
+    wanted = np.ones(len(events), bool)
+    if STATE in events.column_names:
+        wanted = ~np.asarray(pc.fill_null(events[STATE], False))
+    if feature.where is not None:
+        wanted &= np.nan_to_num(transforms.floats(events[feature.where])) > 0
+    return wanted
 
 
 def _first_moment(split: Split, name: str, utc_offset_hours: float) -> int:
@@ -219,9 +243,7 @@ def _rows_per_user(
 
 def _repeats(events: pa.Table) -> np.ndarray:
     """[n] bool: the user was shown the item in an earlier row."""
-    codes = [
-        np.asarray(events[n].combine_chunks().dictionary_encode().indices) for n in ("user_id", "item_id")
-    ]
+    codes = [_codes(events[name]) for name in ("user_id", "item_id")]
     pair = codes[0].astype(np.int64) << 32 | codes[1]
     repeated = np.ones(len(pair), bool)
     repeated[np.unique(pair, return_index=True)[1]] = False

@@ -34,6 +34,19 @@ class Timeline:
         return _ranges(np.flatnonzero(wanted), first, stop)
 
 
+def chunk_ends(user: np.ndarray, wanted: np.ndarray, length: int) -> np.ndarray:
+    """Positions of each user's last wanted event, of every `length`-th before it, and of her first one.
+
+    The last `length` wanted events before each, and itself, are each the item after a known past; over
+    all ends that is every wanted event once. `user` [n] codes, equal ones adjacent.
+    """
+    at = np.flatnonzero(wanted)
+    new_user = np.r_[True, user[at][1:] != user[at][:-1]][: len(at)]
+    last = np.flatnonzero(np.r_[new_user[1:], True]) if len(at) else at
+    left = np.repeat(last, np.diff(np.r_[-1, last])) - np.arange(len(at))
+    return at[new_user | (left % length == 0)]
+
+
 def _last_true(flags: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(np.where(flags, np.arange(len(flags)), 0))
 

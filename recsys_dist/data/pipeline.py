@@ -232,10 +232,13 @@ def _build(
         name: _shard_set([r for r in made if r["split"] == name])
         for name in (*(f"ranking/{split}" for split in SPLITS), "recall/train", "recall/valid")
     }
-    for name in ("valid", "test"):
-        files = sorted((path / "users" / name).glob("part-*.parquet"))
+    sequences = [
+        f"sequences/{f.name}/{p}" for f in world.encoders.schema.item_sequences for p in stages.PHASES
+    ]
+    for name in ("users/valid", "users/test", *sequences):
+        files = sorted((path / name).glob("part-*.parquet"))
         lengths = tuple(pq.read_metadata(file).num_rows for file in files)
-        sets[f"users/{name}"] = ShardSet(files=tuple(str(f.relative_to(path)) for f in files), rows=lengths)
+        sets[name] = ShardSet(files=tuple(str(f.relative_to(path)) for f in files), rows=lengths)
     return sets
 
 
@@ -359,7 +362,7 @@ def _holds(file: Path, fingerprint: str | None = None) -> bool:
 def _clear(path: Path, keep_events: bool) -> None:
     """Remove what an earlier or unfinished preparation left; refuse a directory that holds anything else."""
     of_events = {EVENTS, "ledger.json", "ledger", "events", "quarantine"}
-    made = {MANIFEST, "items.parquet", "vocabulary", "entities", "ranking", "recall", "users"}
+    made = {MANIFEST, "items.parquet", "vocabulary", "entities", "ranking", "recall", "sequences", "users"}
     foreign = sorted(p.name for p in path.iterdir() if p.name not in made | of_events | {LOCK})
     if (path / MANIFEST).exists() and not _holds(path / MANIFEST):
         foreign.append(MANIFEST)

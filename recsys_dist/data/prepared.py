@@ -38,7 +38,7 @@ class Manifest(Config):
     vocabulary_digest: str
     fitted_schema: Schema
     config: dict[str, Any]
-    splits: dict[str, ShardSet]  # "ranking/train", "recall/valid", "users/test", ...
+    splits: dict[str, ShardSet]  # "ranking/train", "sequences/clicked/refit", "users/test", ...
     ledger: dict[str, Any]
 
     @property

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from recsys_dist.data import logs, transforms
 from recsys_dist.data.counts import Counts
-from recsys_dist.data.examples import World, examples, sort_events, user_states
+from recsys_dist.data.examples import World, chunks, examples, sort_events, user_states
 from recsys_dist.data.logs import Ledger, LogSpec
 from recsys_dist.data.output import write_parquet, write_text
 from recsys_dist.data.sources.protocol import Part, Source
@@ -26,6 +26,7 @@ from recsys_dist.errors import SourceError
 from recsys_dist.schema import Schema
 
 BUCKET, SHARD = "bucket", "shard"
+PHASES = {"choose": "train", "refit": "valid"}  # of training: the last split that each learns from
 ROW_BITS = 32  # row_id = number of the file << 32 | row within it
 
 
@@ -136,8 +137,15 @@ def merge_counts(rows: list[dict[str, object]]) -> Counts:
 
 
 def build_bucket(out: Path, bucket: int, world: World, split: Split, shards: dict[str, int]) -> pa.Table:
-    """Examples of one bucket with the shard each goes to; its users' states are written on the way."""
+    """Examples of one bucket with the shard each goes to.
+
+    Its users' states, and the sequences to learn from at every position, are written on the way.
+    """
     events = read_bucket(out, bucket)
+    for feature in world.encoders.schema.item_sequences:
+        for phase, until in PHASES.items():
+            rows = chunks(events, world, split, feature, until)
+            _write_shard(rows, out, f"sequences/{feature.name}/{phase}", bucket)
     for name in ("valid", "test"):
         states = user_states(events, world, split, name)
         write_parquet(states, out / f"users/{name}/part-{bucket:05d}.parquet")

@@ -63,3 +63,26 @@ def weighted_logistic(
 ) -> torch.Tensor:
     """[B]  -w⁺ log p - w⁻ log(1 - p): weights of each row as a positive and as a negative."""
     return positive_B * F.softplus(-logit_B) + negative_B * F.softplus(logit_B)
+
+
+def gbce(
+    positive_B: torch.Tensor, negative_BS: torch.Tensor, hit_BS: torch.Tensor, beta: float
+) -> torch.Tensor:
+    """[B]  -( beta·log p⁺ + Σ_j log(1 - p_j) ) / (S + 1),  where p = sigmoid(logit).
+
+    Generalised binary cross-entropy: Petrov & Macdonald 2023 (RecSys, arXiv 2308.07192). With
+    `gbce_beta` it takes out, as far as is asked, the overconfidence that comes of seeing only a few
+    of the negatives. `hit_BS` as in `sampled_softmax`.
+    """
+    others_B = F.softplus(negative_BS).masked_fill(hit_BS, 0.0).sum(dim=1)
+    return (beta * F.softplus(-positive_B) + others_B) / (negative_BS.shape[1] + 1)
+
+
+def gbce_beta(negatives: int, others: int, calibration: float) -> float:
+    """beta = a·(t·(1 - 1/a) + 1/a), with a = `negatives` / `others`, t = `calibration` (ibid.).
+
+    a is the share of the items which are not the positive that is drawn, at most 1. t = 0 gives 1, plain
+    binary cross-entropy; t = 1 gives a, whose probabilities are those of all others as negatives.
+    """
+    share = min(1.0, negatives / others)
+    return share * (calibration * (1 - 1 / share) + 1 / share)

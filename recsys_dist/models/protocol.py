@@ -51,6 +51,9 @@ class Model(Protocol):
     Built as `Model(cfg, schema, catalogue)`, where `schema` is what `inputs` returned, fitted, with
     `ranking_label` set to the label to learn. Embedding tables are made on the "meta" device with
     their `init_fn` set; `train.sharding` (or `materialise`) gives them memory and values.
+
+    A recall model with `every_position = True` learns what follows each position of its one sequence
+    feature: it is trained on few rows that hold each event as a target once (`data.examples.chunks`).
     """
 
     task: ClassVar[Task]

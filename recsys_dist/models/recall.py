@@ -4,15 +4,23 @@ B rows, G of all workers, S negatives, C candidates, U distinct ones, V ids of a
 D dimension of the shared space, I rows of the item table
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import nn
-from torchrec import EmbeddingBagCollection, JaggedTensor, KeyedJaggedTensor
+from torch.nn import functional as F
+from torchrec import (
+    EmbeddingBagCollection,
+    EmbeddingCollection,
+    EmbeddingConfig,
+    JaggedTensor,
+    KeyedJaggedTensor,
+)
 
 from recsys_dist.config import rng_for
 from recsys_dist.errors import ConfigError
+from recsys_dist.models.layers import normal, table_rows
 from recsys_dist.schema import AnyFeature, Categorical, Schema, Statistic
 
 LOOKUP_ROWS = 65_536  # a whole table is looked up in blocks: the all-to-all's buffers stay bounded
@@ -107,3 +115,99 @@ def one_id(sparse: KeyedJaggedTensor, name: str) -> torch.Tensor:
     jagged = sparse[name]
     ids = torch.cat([jagged.values(), jagged.values().new_zeros(1)])
     return ids[jagged.offsets()[:-1].long()] * jagged.lengths()
+
+
+def item_tables(
+    item: Categorical, dim: int, std: float, features: Mapping[str, list[str]]
+) -> EmbeddingCollection:
+    """Tables over the items by name, each [rows, dim] from N(0, std²), with the features looked up in it.
+
+    What they return has a vector per id, not one per row. On the meta device until sharded or materialised.
+    """
+    tables = [
+        EmbeddingConfig(
+            name=name,
+            num_embeddings=table_rows(item),
+            embedding_dim=dim,
+            feature_names=names,
+            init_fn=normal(std),
+        )
+        for name, names in features.items()
+    ]
+    return EmbeddingCollection(tables=tables, device=torch.device("meta"))
+
+
+def each(ids: torch.Tensor) -> JaggedTensor:
+    """A row per id."""
+    return JaggedTensor(ids, lengths=torch.ones_like(ids))
+
+
+def nothing(ids: torch.Tensor) -> JaggedTensor:
+    """As many rows, without any id."""
+    return JaggedTensor(ids[:0], lengths=torch.zeros_like(ids))
+
+
+def vectors_of(tables: EmbeddingCollection, sought: Mapping[str, JaggedTensor]) -> dict[str, torch.Tensor]:
+    """For each feature of `tables` the vectors [V, D] of its ids, in one exchange between workers.
+
+    Each feature's rows are equally many on all workers; they need not be as many as another's.
+    """
+    keys = sorted(sought)  # a sharded collection takes the first call's order for that of all
+    rows = max(len(jagged.lengths()) for jagged in sought.values())
+    lengths = [F.pad(sought[key].lengths(), (0, rows - len(sought[key].lengths()))) for key in keys]
+    ids = torch.cat([sought[key].values() for key in keys])
+    found = tables(KeyedJaggedTensor(keys=keys, values=ids, lengths=torch.cat(lengths).int()))
+    return {key: found[key].values() for key in keys}
+
+
+def all_vectors(
+    tables: EmbeddingCollection, key: str, others: Iterable[str], rows: int, device: torch.device
+) -> torch.Tensor:
+    """`every_row` of such tables: that of feature `key`; `others` are their other features."""
+    found = []
+    for ids in torch.split(torch.arange(rows, dtype=torch.int32, device=device), LOOKUP_ROWS):
+        sought = dict.fromkeys(others, nothing(ids)) | {key: each(ids)}
+        found.append(vectors_of(tables, sought)[key])
+    return torch.cat(found)
+
+
+def newest(past: JaggedTensor, length: int) -> tuple[JaggedTensor, torch.Tensor]:
+    """The newest `length` ids of each row, shortest first; a row without any has one, the unknown id 0.
+
+    Also the row [B] that each came from.
+    """
+    lengths, order = past.lengths().clamp(1, length).sort(stable=True)
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=lengths.dtype)])
+    row_V = torch.repeat_interleave(lengths)
+    first = past.offsets()[1:][order] - lengths
+    at_V = (first - offsets[:-1])[row_V] + torch.arange(len(row_V), device=row_V.device)
+    some = past.lengths()[order] > 0
+    ids = past.values()
+    ids = torch.cat([ids, ids.new_zeros(1)])[at_V] * some[row_V]
+    return JaggedTensor(ids, lengths=lengths, offsets=offsets), order
+
+
+def following(past: JaggedTensor, last: torch.Tensor) -> torch.Tensor:
+    """[V] the id after each of the V of `past`; after a row's newest it is the row's of `last` [B]."""
+    return past.values().roll(-1).index_copy(0, past.offsets()[1:].long() - 1, last)
+
+
+def ending_with(past: JaggedTensor, last: torch.Tensor) -> JaggedTensor:
+    """`past` with each row's id of `last` [B] after its newest."""
+    lengths = past.lengths() + 1
+    ids = past.values().new_empty(len(past.values()) + len(last))
+    row_V = torch.repeat_interleave(past.lengths())
+    at_V = torch.arange(len(row_V), device=row_V.device) + row_V
+    ids = ids.index_copy(0, at_V, past.values()).index_copy(0, lengths.cumsum(0) - 1, last)
+    return JaggedTensor(ids, lengths=lengths)
+
+
+def item_sequence(schema: Schema, name: str | None, model: str) -> Schema:
+    """The named sequence of item ids, None the first, with the item's id; ConfigError where there is none."""
+    names = [feature.name for feature in schema.item_sequences]
+    if not names:
+        raise ConfigError(f"{model}: needs a sequence of item ids, the user's past items, and has none")
+    chosen = names[0] if name is None else name
+    if chosen not in names:
+        raise ConfigError(f"{model}: {chosen!r} is no sequence of item ids; those are {', '.join(names)}")
+    return schema.select({chosen, schema.item_id.name})

@@ -78,6 +78,15 @@ class TrainConfig(Config):
     def task(self) -> Task:
         return model_module(self.model.name).Model.task
 
+    def training_splits(self, schema: Schema) -> dict[str, tuple[str, ...]]:
+        """What each phase of training learns from; `schema` is what the model reads."""
+        if getattr(model_module(self.model.name).Model, "every_position", False):
+            return {
+                phase: (f"sequences/{schema.sequences[0].name}/{phase}",) for phase in ("choose", "refit")
+            }
+        train, valid = f"{self.task}/train", f"{self.task}/valid"
+        return {"choose": (train,), "refit": (train, valid)}
+
     @property
     def chosen_metric(self) -> str:
         """The metric that chooses the epoch; ConfigError where it is not one of the model's task."""

@@ -92,16 +92,16 @@ class Run:
 
     def all_phases(self) -> None:
         """Choose the number of epochs, refit if asked to, and write down the result."""
-        train, valid = f"{self.cfg.task}/train", f"{self.cfg.task}/valid"
+        splits = self.cfg.training_splits(self.schema)
         held_out = "ranking/valid" if self.cfg.task == "ranking" else "users/valid"
-        chosen = self.run(Phase("choose", (train,), held_out, self.cfg.epochs))
+        chosen = self.run(Phase("choose", splits["choose"], held_out, self.cfg.epochs))
         history = chosen.manifest.history
         epoch = best_epoch(history, self.cfg.chosen_metric)
         trained = list(history)
         if self.cfg.refit:
             # a refitted model has no rows of its own left to calibrate on; it takes the map of its twin
             points = history[epoch - 1].get("calibration", [])
-            refit = self.run(Phase("refit", (train, valid), None, epoch, points))
+            refit = self.run(Phase("refit", splits["refit"], None, epoch, points))
             final, trained = refit.path, [*history, *refit.manifest.history]
         else:
             final = next((self.path / "choose").glob(f"epoch-{epoch:04d}-*"))

@@ -13,7 +13,7 @@ import pytest
 from recsys_dist.data import encoders as fitting
 from recsys_dist.data.counts import Counts
 from recsys_dist.data.entities import Entities
-from recsys_dist.data.examples import World, examples, features, sort_events, user_states
+from recsys_dist.data.examples import World, chunks, examples, features, sort_events, user_states
 from recsys_dist.data.split import Split
 from recsys_dist.schema import Schema, Statistic
 from tests.data.small_log import FIRST_DAY, SCHEMA, events, items, users
@@ -175,6 +175,35 @@ def test_user_states_are_the_users_as_the_split_begins(log: pa.Table, world: Wor
         scale = world.encoders.scales["user_count"]
         count = state["user_count"] * scale.deviation + scale.mean
         assert count == pytest.approx(math.log1p(len(past)), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["clicked", "shown"])
+@pytest.mark.parametrize("until", ["train", "valid"])
+def test_chunks_hold_each_event_after_its_past_once(log: pa.Table, name: str, until: str) -> None:
+    stamps = pc.add(log["timestamp"].cast(pa.int64()), pa.array(np.arange(len(log))))  # no two alike
+    log = log.set_column(
+        log.column_names.index("timestamp"), "timestamp", stamps.cast(pa.timestamp("us", "UTC"))
+    )
+    world, [feature] = world_of(log), [f for f in SCHEMA.item_sequences if f.name == name]
+    end = SPLIT.valid_from if until == "train" else SPLIT.test_from
+    pasts: dict[str, list[int]] = {}
+    for row in log.to_pylist():
+        if row["date"] < end and (row["click"] or name == "shown"):
+            pasts.setdefault(row["user_id"], []).append(row_of(world, "item", row["item_id"]))
+    learned = Counter[tuple[str, int]]()
+    made = chunks(log, world, SPLIT, feature, until)
+    for user, past in pasts.items():
+        at = {r["timestamp"]: n for n, r in enumerate(r for r in log.to_pylist() if wanted_by(r, user, name))}
+        for row in made.filter(pc.equal(made["user_id"], user)).to_pylist():
+            here = at[row["timestamp"]]
+            assert row["item"] == past[here] and row[name] == past[:here][-feature.max_length :]
+            learned.update((user, here - back) for back in range(max(len(row[name]), 1)))
+    assert learned == Counter((user, n) for user, items in pasts.items() for n in range(len(items)))
+    assert len(made) < 0.6 * sum(map(len, pasts.values()))
+
+
+def wanted_by(row: dict[str, Any], user: str, name: str) -> bool:
+    return row["user_id"] == user and bool(row["click"] or name == "shown")
 
 
 def test_examples_of_ranking_are_exposures_and_of_recall_positives(log: pa.Table, world: World) -> None:

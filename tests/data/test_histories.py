@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recsys_dist.data.histories import Timeline
+from recsys_dist.data.histories import Timeline, chunk_ends
 
 EVENTS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.booleans()), max_size=30)
 
@@ -28,3 +28,17 @@ def test_equal_times_do_not_see_each_other() -> None:
     timeline = Timeline.of(np.array([0, 0, 0, 1]), np.array([5, 5, 6, 6]))
     offsets, _ = timeline.last(np.ones(4, bool), 9, np.arange(4))
     assert np.diff(offsets).tolist() == [0, 0, 2, 0]
+
+
+@given(EVENTS, st.integers(1, 4))
+def test_chunks_hold_every_wanted_event_as_a_target_once(
+    events: list[tuple[int, int, bool]], length: int
+) -> None:
+    user = np.array(sorted(e[0] for e in events), np.int64)
+    wanted = np.array([e[2] for e in events], bool)
+    ends = chunk_ends(user, wanted, length)
+    covered: list[int] = []
+    for end in ends:
+        past = [i for i in range(end) if user[i] == user[end] and wanted[i]][-length:]
+        covered += [*past[1:], end]
+    assert sorted(covered) == np.flatnonzero(wanted).tolist()

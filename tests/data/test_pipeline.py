@@ -136,6 +136,16 @@ def test_recall_learns_from_first_encounters_of_training_days(prepared: Prepared
     assert Counter(map(key, rows_of(prepared, "recall/train"))) == Counter(map(key, wanted))
 
 
+def test_sequences_hold_the_events_of_training_as_targets_once(prepared: Prepared, log: pa.Table) -> None:
+    split = prepared.manifest.config["split"]
+    for phase, end in (("choose", split["valid_from"]), ("refit", split["test_from"])):
+        rows = rows_of(prepared, f"sequences/shown/{phase}")
+        assert sum(prepared.shards(f"sequences/shown/{phase}").rows) == len(rows)
+        assert {r["user_id"] for r in rows} == {r["user_id"] for r in usable(log) if str(r["date"]) < end}
+        assert max(Counter(r["row_id"] for r in rows).values()) == 1
+        assert all(str(r["timestamp"] + dt.timedelta(hours=8)) < end for r in rows)
+
+
 def test_shards_are_shuffled_and_rows_numbered(prepared: Prepared) -> None:
     for name in ("ranking/train", "ranking/test", "recall/train"):
         shards = prepared.shards(name)

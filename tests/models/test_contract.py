@@ -38,8 +38,9 @@ ADDITIVE = {"lr"}  # models that see no pair of features
 
 
 def planted(schema: Schema, name: str, rows: int, seed: int) -> Batch:
-    """Recall: a user's positive is the item of the user's own row. Ranking: a click where the sum is odd.
+    """Recall: a user's positive is the item of the user's own row, and the one watched before.
 
+    Ranking: a click where the sum is odd.
     Where a model sees no pairs: a click where the user's row is odd.
     """
     rng = rng_for(seed, "planted")
@@ -47,7 +48,8 @@ def planted(schema: Schema, name: str, rows: int, seed: int) -> Batch:
     user = rng.integers(1, 30, rows)
     item = user if recall else rng.integers(1, 40, rows)
     click = (user if name in ADDITIVE else user + item) % 2
-    return random_batch(schema, rows, rng, {"user": user, "item": item, "click": click})
+    columns = {"user": user, "item": item, "click": click}
+    return random_batch(schema, rows, rng, columns | {"watched": user} if recall else columns)
 
 
 def train(model: Any, batch: Batch, steps: int) -> list[float]:
@@ -68,7 +70,7 @@ def test_model_states_what_it_is(name: str) -> None:
     assert model.task in ("ranking", "recall")
     assert model_module(name).Config().name == name
     grouped = [p for group in model.table_groups().values() for p in group]
-    tables = [p for n, p in model.named_parameters() if "embedding_bags" in n]
+    tables = [p for n, p in model.named_parameters() if "embedding_bags." in n or ".embeddings." in n]
     assert {id(p) for p in grouped} == {id(p) for p in tables} and len(grouped) == len(tables)
     assert model_module(name).Model.inputs(schema, model_module(name).Config()) == schema
 

@@ -9,6 +9,8 @@ from recsys_dist.models.losses import (
     bayesian_personalised_ranking,
     binary_cross_entropy,
     focal,
+    gbce,
+    gbce_beta,
     log_square,
     sampled_softmax,
 )
@@ -161,3 +163,31 @@ def test_log_square_is_its_formula() -> None:
     loss.sum().backward()
     np.testing.assert_allclose(loss.detach(), (z - np.log(1 + v)) ** 2, rtol=1e-12)
     np.testing.assert_allclose(predicted.grad, 2 * (z - np.log(1 + v)), rtol=1e-12)
+
+
+def test_gbce_is_its_formula() -> None:
+    rng = rng_for(3, "losses")
+    positive, negative, hit = rng.normal(size=5), rng.normal(size=(5, 7)) * 3, rng.random((5, 7)) < 0.3
+    beta = 0.37
+    s, n = torch.tensor(positive, requires_grad=True), torch.tensor(negative, requires_grad=True)
+    loss = gbce(s, n, torch.tensor(hit), beta)
+    loss.sum().backward()
+    p, q = 1 / (1 + np.exp(-positive)), 1 / (1 + np.exp(-negative))
+    others = np.where(hit, 0, np.log(1 - q)).sum(axis=1)
+    np.testing.assert_allclose(loss.detach().numpy(), -(np.log(p**beta) + others) / 8, rtol=1e-12)
+    np.testing.assert_allclose(s.grad.numpy(), -beta * (1 - p) / 8, rtol=1e-12)
+    np.testing.assert_allclose(n.grad.numpy(), np.where(hit, 0, q) / 8, rtol=1e-12)
+
+
+def test_gbce_undoes_the_overconfidence_of_sampling_at_full_calibration() -> None:
+    """Where an item is the next one with probability p, negatives at rate a, the best guess is p at t = 1.
+
+    Expected loss at score s: -(p beta log sigmoid(s) + (1 - p) a log(1 - sigmoid(s))).
+    """
+    share = 20 / 400
+    for calibration, expected in ((1.0, 0.3), (0.0, 0.3 / (0.3 + 0.7 * share))):
+        beta = gbce_beta(20, 400, calibration)
+        guess = np.linspace(0.001, 0.999, 99_801)
+        best = guess[np.argmax(0.3 * beta * np.log(guess) + 0.7 * share * np.log(1 - guess))]
+        assert best == pytest.approx(expected, abs=1e-4)
+    assert gbce_beta(500, 400, 0.9) == 1  # more negatives than items: nothing to correct

@@ -48,14 +48,16 @@ def random_batch(
 ) -> Batch:
     """Uniform ids from row 1, 0..max_length ids a sequence, normal floats, fair coins and seconds as labels.
 
+    Sequences of the same events are equally long.
     `columns` fixes single ids, floats or labels by name: [rows] each.
     """
     fixed = columns or {}
     values, lengths = [], []
+    events = {(f.where, f.max_length): rng.integers(0, f.max_length + 1, rows) for f in schema.sequences}
     for feature in schema.ids:
         assert feature.rows is not None
-        longest = feature.max_length if isinstance(feature, Sequence) else None
-        length = rng.integers(0, longest + 1, rows) if longest else np.ones(rows, np.int64)
+        listed = isinstance(feature, Sequence)
+        length = events[feature.where, feature.max_length] if listed else np.ones(rows, np.int64)
         ids = fixed[feature.name] if feature.name in fixed else rng.integers(1, feature.rows, length.sum())
         values.append(ids)
         lengths.append(length)

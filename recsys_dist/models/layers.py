@@ -31,6 +31,15 @@ class WorkerSum(nn.Module):
         return x
 
 
+class WorkerMax(nn.Module):
+    """The largest of all workers' counts; see WorkerSum."""
+
+    def forward(self, count: int, device: torch.device) -> int:
+        """`device` is that of the model's tensors."""
+        del device  # its collective twin communicates there
+        return count
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation (Ioffe & Szegedy 2015, arXiv 1502.03167) over the real rows of all workers.
 

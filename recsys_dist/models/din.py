@@ -19,8 +19,6 @@ from recsys_dist.models.behaviours import (
     ActivationUnit,
     Behaviours,
     HistoryConfig,
-    segment_softmax,
-    segment_sum,
     with_history,
 )
 from recsys_dist.models.layers import Activation
@@ -61,6 +59,6 @@ class Model(Ranker):
         for history, unit in zip(histories, self.units, strict=True):
             weight_V = unit(history, batch.real)
             if self.softmax:
-                weight_V = segment_softmax(weight_V, history.row_V, batch.rows)
-            pooled.append(segment_sum(weight_V[:, None] * history.behaviour_VE, history.row_V, batch.rows))
+                weight_V = history.segments.softmax(weight_V)
+            pooled.append(history.segments.sum(weight_V[:, None] * history.behaviour_VE))
         return self.tower(torch.cat([fields, *pooled, batch.dense], dim=1), batch.real)

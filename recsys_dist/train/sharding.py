@@ -201,6 +201,8 @@ def shard(
 
 
 def _connect(model: nn.Module) -> None:
+    if dist.get_world_size() == 1:
+        return
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) in _COLLECTIVE:

@@ -61,7 +61,8 @@ class GRU(nn.Module):
         open_gate: bool = False,
     ) -> torch.Tensor:
         """[V, E] states; with `open_gate` the update gate is the attention alone."""
-        gates_VG, recurrent_GH = self.inputs(x_VE), self.recurrent_GH
+        gates_VG: torch.Tensor = self.inputs(x_VE)
+        recurrent_GH: torch.Tensor = self.recurrent_GH
         if open_gate:
             reset, update, new = gates_VG.chunk(3, dim=1)
             gates_VG = torch.cat([reset, torch.full_like(update, math.inf), new], dim=1)

@@ -6,7 +6,17 @@ from torchrec import KeyedJaggedTensor
 
 from recsys_dist.batch import Batch
 from recsys_dist.models.protocol import Catalogue
-from recsys_dist.schema import Categorical, Cross, Label, Numeric, Schema, Sequence, Time
+from recsys_dist.schema import (
+    Categorical,
+    Cross,
+    Label,
+    ListFeature,
+    Numeric,
+    Schema,
+    Sequence,
+    Sessions,
+    Time,
+)
 
 ROWS = {"user": 30, "item": 40, "author": 12, "hour": 25, "user_x_author": 64}
 
@@ -22,6 +32,7 @@ def small_schema() -> Schema:
             Cross(name="user_x_author", of=("user", "author"), hash_buckets=64),
             Sequence(name="watched", of="item", where="click", max_length=5),
             Sequence(name="watched_authors", of="author", where="click", max_length=5),
+            Sessions(name="watched_sessions", where="click", max_length=5, sessions=3),
             Numeric(name="age", column="users.age"),
             Numeric(name="duration", column="items.duration"),
         ),
@@ -53,16 +64,18 @@ def random_batch(
     """
     fixed = columns or {}
     values, lengths = [], []
-    events = {(f.where, f.max_length): rng.integers(0, f.max_length + 1, rows) for f in schema.sequences}
-    for feature in schema.ids:
+    events = {(f.where, f.max_length): rng.integers(0, f.max_length + 1, rows) for f in schema.lists}
+    for feature in schema.keys:
         assert feature.rows is not None
-        listed = isinstance(feature, Sequence)
+        listed = isinstance(feature, ListFeature)
         length = events[feature.where, feature.max_length] if listed else np.ones(rows, np.int64)
         ids = fixed[feature.name] if feature.name in fixed else rng.integers(1, feature.rows, length.sum())
+        if isinstance(feature, Sessions):  # the oldest first: they count down in each row
+            ids = ids[np.lexsort((-ids, np.repeat(np.arange(rows), length)))]
         values.append(ids)
         lengths.append(length)
     sparse = KeyedJaggedTensor(
-        keys=[feature.name for feature in schema.ids],
+        keys=[feature.name for feature in schema.keys],
         values=torch.from_numpy(np.concatenate(values).astype(np.int32)),
         lengths=torch.from_numpy(np.concatenate(lengths).astype(np.int32)),
     )

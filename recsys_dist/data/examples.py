@@ -17,7 +17,17 @@ from recsys_dist.data.encoders import Encoders, statistic
 from recsys_dist.data.entities import Entities
 from recsys_dist.data.histories import Timeline
 from recsys_dist.data.split import SPLITS, Split
-from recsys_dist.schema import Bucketed, Categorical, Cross, Numeric, Sequence, Statistic, Time, side
+from recsys_dist.schema import (
+    Bucketed,
+    Categorical,
+    Cross,
+    ListFeature,
+    Numeric,
+    Sessions,
+    Statistic,
+    Time,
+    side,
+)
 
 STATE = "state"  # a row that asks for a user's features at a moment, and is no event
 
@@ -131,12 +141,12 @@ class _Builder:
 
     def columns(self) -> dict[str, pa.Array]:
         singles = {
-            f.name: self._single(f) for f in self.schema.features if not isinstance(f, Cross | Sequence)
+            f.name: self._single(f) for f in self.schema.features if not isinstance(f, Cross | ListFeature)
         }
         columns: dict[str, pa.Array] = {}
         for feature in self.schema.features:
-            if isinstance(feature, Sequence):
-                columns[feature.name] = self._sequence(feature)
+            if isinstance(feature, ListFeature):
+                columns[feature.name] = self._listed(feature)
             elif isinstance(feature, Cross):
                 parts = [singles[name] for name in feature.of]
                 columns[feature.name] = pa.array(transforms.cross(parts, feature.hash_buckets))
@@ -172,12 +182,17 @@ class _Builder:
         past = statistic(feature, stats, keys, np.minimum(today, encoders.freeze_day))
         return transforms.scaled(past, encoders.scales[feature.name])
 
-    def _sequence(self, feature: Sequence) -> pa.Array:
+    def _listed(self, feature: ListFeature) -> pa.Array:
+        """The items of past events, or the sessions that these belong to."""
         wanted = self.is_event
         if feature.where is not None:
             label = transforms.floats(self.past[feature.where])
             wanted = wanted & (np.nan_to_num(label) > 0)
         offsets, at = self.timeline.last(wanted, feature.max_length, self.of)
+        if isinstance(feature, Sessions):
+            gap_us = round(feature.gap_minutes * transforms.MINUTE_US)
+            listed = transforms.sessions(self.past_us[at], offsets, gap_us, feature.sessions)
+            return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(listed))
         if feature.others_only:
             own = np.repeat(self.item, np.diff(offsets))
             kept = (self.past_item[at] != own) | (own == 0)  # 0: a row that asks for a user has no item
@@ -194,7 +209,11 @@ class _Builder:
     @cached_property
     def timeline(self) -> Timeline:
         codes = self.past["user_id"].combine_chunks().dictionary_encode().indices
-        return Timeline.of(np.asarray(codes), np.asarray(self.past["timestamp"].cast(pa.int64())))
+        return Timeline.of(np.asarray(codes), self.past_us)
+
+    @cached_property
+    def past_us(self) -> np.ndarray:
+        return np.asarray(self.past["timestamp"].cast(pa.int64()))
 
 
 def _first_moment(split: Split, name: str, utc_offset_hours: float) -> int:

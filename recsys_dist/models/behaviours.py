@@ -240,10 +240,10 @@ def history_groups(schema: Schema, cfg: HistoryConfig) -> list[list[Sequence]]:
             raise ConfigError(
                 f"{cfg.name}: histories has {name!r}, which is no sequence{nearest(name, known)}"
             )
-    groups: dict[tuple[str | None, int], list[Sequence]] = {}
+    groups: dict[tuple[str | None, int, bool], list[Sequence]] = {}
     for feature in schema.sequences:
         if cfg.histories is None or feature.name in cfg.histories:
-            groups.setdefault((feature.where, feature.max_length), []).append(feature)
+            groups.setdefault((feature.where, feature.max_length, feature.others_only), []).append(feature)
     if not groups:
         raise ConfigError(
             f"{cfg.name}: attends to a history, and the features it reads have none; give the schema one, "

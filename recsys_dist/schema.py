@@ -88,7 +88,7 @@ class Sessions(Feature):
     """For each event of the sequences of this `where` and `max_length`, the number of its session.
 
     Numbered back from the newest, which is 1, to `sessions`, which stands for all older ones too. A session
-    ends where the next of these events is more than `gap_minutes` later (DSIN, arXiv 1905.06482, §3.3.1).
+    ends where the next of these events is more than `gap_minutes` later (DSIN, arXiv 1905.06482).
     """
 
     kind: Literal["sessions"] = "sessions"

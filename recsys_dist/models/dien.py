@@ -23,7 +23,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from recsys_dist.batch import Batch
-from recsys_dist.models.behaviours import Behaviours, History, HistoryConfig, Segments, with_history
+from recsys_dist.models.behaviours import (
+    Behaviours,
+    History,
+    HistoryConfig,
+    Segments,
+    history_groups,
+    with_history,
+)
 from recsys_dist.models.protocol import Catalogue
 from recsys_dist.models.ranking import Ranker
 from recsys_dist.models.recurrence import Packing, gru
@@ -101,7 +108,7 @@ class Model(Ranker):
         super().__init__(cfg, schema)
         del catalogue  # a ranker knows items by their features alone
         self.cfg = cfg
-        self.behaviours = Behaviours(schema, cfg)
+        self.behaviours = Behaviours(schema, cfg, history_groups(schema, cfg))
         widths = self.behaviours.widths
         self.interests = nn.ModuleList(Interest(width, cfg.evolution) for width in widths)
         inputs = self.behaviours.fields_width + sum(widths) + len(schema.dense)

@@ -19,6 +19,7 @@ from recsys_dist.models.behaviours import (
     ActivationUnit,
     Behaviours,
     HistoryConfig,
+    history_groups,
     with_history,
 )
 from recsys_dist.models.layers import Activation
@@ -41,7 +42,7 @@ class Model(Ranker):
         super().__init__(cfg, schema)
         del catalogue  # a ranker knows items by their features alone
         self.softmax = cfg.softmax
-        self.behaviours = Behaviours(schema, cfg)
+        self.behaviours = Behaviours(schema, cfg, history_groups(schema, cfg))
         widths = self.behaviours.widths
         self.units = nn.ModuleList(ActivationUnit(w, cfg.unit_hidden, cfg.unit_activation) for w in widths)
         inputs = self.behaviours.fields_width + sum(widths) + len(schema.dense)

@@ -8,17 +8,18 @@ from torchrec import KeyedJaggedTensor
 
 from recsys_dist.batch import Batch
 from recsys_dist.models.behaviours import History, Segments
-from recsys_dist.schema import Categorical, Label, Schema, Sequence
+from recsys_dist.schema import Categorical, Label, Schema, Sequence, Sessions
 
 ITEMS = 41
 
 
 def history_schema(max_length: int = 50) -> Schema:
-    """A candidate and what was clicked before."""
+    """A candidate, what was clicked before, and in which session."""
     schema = Schema(
         features=(
             Categorical(name="item", column="item_id"),
             Sequence(name="clicked", of="item", where="click", max_length=max_length),
+            Sessions(name="sessions", where="click", max_length=max_length, sessions=3),
         ),
         labels=(Label(name="click"),),
         ranking_label="click",
@@ -27,13 +28,21 @@ def history_schema(max_length: int = 50) -> Schema:
     return schema.fitted({"item": ITEMS})
 
 
-def batch_of(item: np.ndarray, clicked: Rows[Rows[int]], click: np.ndarray) -> Batch:
-    """Rows of `history_schema`."""
+def batch_of(
+    item: np.ndarray,
+    clicked: Rows[Rows[int]],
+    click: np.ndarray,
+    sessions: Rows[Rows[int]] | None = None,
+) -> Batch:
+    """Rows of `history_schema`; one session each where none are given."""
     rows = len(item)
+    events = [i for ids in clicked for i in ids]
+    numbers = [1] * len(events) if sessions is None else [i for ids in sessions for i in ids]
+    lengths = [len(ids) for ids in clicked]
     sparse = KeyedJaggedTensor(
-        keys=["item", "clicked"],
-        values=torch.tensor([*item, *(i for ids in clicked for i in ids)], dtype=torch.int32),
-        lengths=torch.tensor([1] * rows + [len(ids) for ids in clicked], dtype=torch.int32),
+        keys=["item", "clicked", "sessions"],
+        values=torch.tensor([*item, *events, *numbers], dtype=torch.int32),
+        lengths=torch.tensor([1] * rows + lengths + lengths, dtype=torch.int32),
     )
     label = torch.from_numpy(np.asarray(click, np.float32))
     return Batch(torch.zeros(rows, 0), sparse, {"click": label}, torch.ones(rows), torch.arange(rows))

@@ -1,12 +1,14 @@
 """DIEN by its equations, and by a drift of interest that only the order of behaviours tells."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from recsys_dist.batch import Batch
 from recsys_dist.config import rng_for
-from recsys_dist.models import dien, din
+from recsys_dist.models import dien
 from recsys_dist.models.protocol import model_module
 from recsys_dist.train.sharding import materialise
 from tests.models.histories import ITEMS, batch_of, history_schema, numeric_gradient, random_history
@@ -103,9 +105,9 @@ def test_negatives_are_other_items_and_the_rows_own() -> None:
     assert torch.equal(whole[12:], part) and not torch.equal(whole, model._negatives(batch, 8)["clicked"])
 
 
-def build(name: str) -> din.Model | dien.Model:
+def build(name: str, max_length: int = 50) -> Any:
     module = model_module(name)
-    cfg, schema = module.Config(embedding_dim=8, hidden=(32,)), history_schema()
+    cfg, schema = module.Config(embedding_dim=8, hidden=(32,)), history_schema(max_length)
     torch.manual_seed(0)
     return materialise(module.Model(cfg, module.Model.inputs(schema, cfg)), 0)
 

@@ -14,7 +14,7 @@ class Batch:
     """Rows of examples as tensors.
 
     dense     [B, F_dense] float32, columns in the order of `schema.dense`
-    sparse    KeyedJaggedTensor with a key per feature of `schema.ids`, stride B; one id per row
+    sparse    KeyedJaggedTensor with a key per feature of `schema.keys`, stride B; one id per row
               for single-valued features, 0..max_length ids (oldest first) for sequences
     labels    name -> [B] float32
     weight    [B] float32; a padding row weighs 0 and so changes no loss, gradient or metric

@@ -84,6 +84,25 @@ class Sequence(Feature):
     rows: int | None = None
 
 
+class Sessions(Feature):
+    """For each event of the sequences of this `where` and `max_length`, the number of its session.
+
+    Numbered back from the newest, which is 1, to `sessions`, which stands for all older ones too. A session
+    ends where the next of these events is more than `gap_minutes` later (DSIN, arXiv 1905.06482).
+    """
+
+    kind: Literal["sessions"] = "sessions"
+    where: str | None = None
+    max_length: int = Field(50, ge=1)
+    gap_minutes: float = Field(30.0, gt=0)
+    sessions: int = Field(5, ge=1)
+
+    @property
+    def rows(self) -> int:
+        """One more than the largest number, as of a table."""
+        return self.sessions + 1
+
+
 class Numeric(Feature):
     """One float per row, standardised by the training days' mean and deviation; missing is the mean.
 
@@ -127,7 +146,8 @@ class Statistic(Feature):
 SingleId = Categorical | Bucketed | Time | Cross
 IdFeature = SingleId | Sequence
 DenseFeature = Numeric | Statistic
-AnyFeature = Annotated[IdFeature | DenseFeature, Field(discriminator="kind")]
+ListFeature = Sequence | Sessions  # a list of numbers per row
+AnyFeature = Annotated[IdFeature | Sessions | DenseFeature, Field(discriminator="kind")]
 
 
 class Label(Config):
@@ -178,7 +198,7 @@ class Schema(Config):
 
     def _check(self, feature: AnyFeature, labels: list[str]) -> None:
         by_name = {f.name: f for f in self.features}
-        where = feature.where if isinstance(feature, Sequence) else None
+        where = feature.where if isinstance(feature, ListFeature) else None
         label = feature.label if isinstance(feature, Statistic) else None
         for name in filter(None, (where, label)):
             if name not in labels:
@@ -214,8 +234,13 @@ class Schema(Config):
 
     @property
     def ids(self) -> tuple[IdFeature, ...]:
-        """Features looked up in embedding tables, in schema order: the keys of `Batch.sparse`."""
+        """Features looked up in embedding tables, in schema order."""
         return tuple(f for f in self.features if isinstance(f, IdFeature))
+
+    @property
+    def keys(self) -> tuple[IdFeature | Sessions, ...]:
+        """The keys of `Batch.sparse`, in schema order: the ids, and sessions, which no table knows."""
+        return tuple(f for f in self.features if isinstance(f, IdFeature | Sessions))
 
     @property
     def singles(self) -> tuple[SingleId, ...]:
@@ -234,6 +259,15 @@ class Schema(Config):
     def item_sequences(self) -> tuple[Sequence, ...]:
         """Sequences of the items' own ids."""
         return tuple(f for f in self.sequences if f.of == self.item_id.name)
+
+    @property
+    def sessions(self) -> tuple[Sessions, ...]:
+        return tuple(f for f in self.features if isinstance(f, Sessions))
+
+    @property
+    def lists(self) -> tuple[ListFeature, ...]:
+        """Features with a number per past event."""
+        return tuple(f for f in self.features if isinstance(f, ListFeature))
 
     @property
     def dense(self) -> tuple[DenseFeature, ...]:
@@ -264,7 +298,7 @@ class Schema(Config):
         match feature:
             case Time():
                 return frozenset({"context"})
-            case Sequence():
+            case Sequence() | Sessions():
                 return frozenset({"user"})
             case Cross():
                 return frozenset().union(*(self.sides(self[name]) for name in feature.of))

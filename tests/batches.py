@@ -6,7 +6,17 @@ from torchrec import KeyedJaggedTensor
 
 from recsys_dist.batch import Batch
 from recsys_dist.models.protocol import Catalogue
-from recsys_dist.schema import Categorical, Cross, Label, Numeric, Schema, Sequence, Time
+from recsys_dist.schema import (
+    Categorical,
+    Cross,
+    Label,
+    ListFeature,
+    Numeric,
+    Schema,
+    Sequence,
+    Sessions,
+    Time,
+)
 
 ROWS = {"user": 30, "item": 40, "author": 12, "hour": 25, "user_x_author": 64}
 
@@ -22,6 +32,7 @@ def small_schema() -> Schema:
             Cross(name="user_x_author", of=("user", "author"), hash_buckets=64),
             Sequence(name="watched", of="item", where="click", max_length=5),
             Sequence(name="watched_authors", of="author", where="click", max_length=5),
+            Sessions(name="watched_sessions", where="click", max_length=5, sessions=3),
             Numeric(name="age", column="users.age"),
             Numeric(name="duration", column="items.duration"),
         ),
@@ -48,20 +59,24 @@ def random_batch(
 ) -> Batch:
     """Uniform ids from row 1, 0..max_length ids a sequence, normal floats, fair coins and seconds as labels.
 
-    `columns` fixes single ids, floats or labels by name, or the only id of a sequence: [rows] each.
+    Lists of the same events are equally long. `columns` fixes single ids, floats or labels by name, or the
+    only id of lists: [rows] each.
     """
     fixed = columns or {}
     values, lengths = [], []
-    for feature in schema.ids:
+    events = {(f.where, f.max_length): rng.integers(0, f.max_length + 1, rows) for f in schema.lists}
+    events |= {(f.where, f.max_length): np.ones(rows, np.int64) for f in schema.lists if f.name in fixed}
+    for feature in schema.keys:
         assert feature.rows is not None
-        listed = isinstance(feature, Sequence) and feature.name not in fixed
-        longest = feature.max_length if listed else None
-        length = rng.integers(0, longest + 1, rows) if longest else np.ones(rows, np.int64)
+        listed = isinstance(feature, ListFeature)
+        length = events[feature.where, feature.max_length] if listed else np.ones(rows, np.int64)
         ids = fixed[feature.name] if feature.name in fixed else rng.integers(1, feature.rows, length.sum())
+        if isinstance(feature, Sessions):  # the oldest first: they count down in each row
+            ids = ids[np.lexsort((-ids, np.repeat(np.arange(rows), length)))]
         values.append(ids)
         lengths.append(length)
     sparse = KeyedJaggedTensor(
-        keys=[feature.name for feature in schema.ids],
+        keys=[feature.name for feature in schema.keys],
         values=torch.from_numpy(np.concatenate(values).astype(np.int32)),
         lengths=torch.from_numpy(np.concatenate(lengths).astype(np.int32)),
     )

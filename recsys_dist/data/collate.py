@@ -8,7 +8,7 @@ from torchrec import KeyedJaggedTensor
 
 from recsys_dist.batch import Batch
 from recsys_dist.errors import DataError
-from recsys_dist.schema import Schema, Sequence
+from recsys_dist.schema import ListFeature, Schema
 
 
 def columns(schema: Schema) -> list[str]:
@@ -45,9 +45,9 @@ def collate(table: pa.Table, schema: Schema) -> Batch:
 
 def _sparse(table: pa.Table, schema: Schema) -> KeyedJaggedTensor:
     values, lengths = [], []
-    for feature in schema.ids:
+    for feature in schema.keys:
         column = table[feature.name]
-        if isinstance(feature, Sequence):
+        if isinstance(feature, ListFeature):
             lists = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
             ids = lists.flatten().to_numpy(zero_copy_only=False)
             lengths.append(pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False))
@@ -62,7 +62,7 @@ def _sparse(table: pa.Table, schema: Schema) -> KeyedJaggedTensor:
             )
         values.append(ids.astype(np.int32, copy=False))
     return KeyedJaggedTensor(
-        keys=[feature.name for feature in schema.ids],
+        keys=[feature.name for feature in schema.keys],
         values=torch.from_numpy(np.concatenate(values) if values else np.empty(0, np.int32)),
         lengths=torch.from_numpy(np.concatenate(lengths) if lengths else np.empty(0, np.int32)),
     )

@@ -27,6 +27,7 @@ from recsys_dist.schema import (
     Numeric,
     Schema,
     Sequence,
+    Sessions,
     Statistic,
     Time,
     side,
@@ -182,8 +183,8 @@ def fit(schema: Schema, counts: Counts, users: Entities, items: Entities, freeze
             case Statistic():
                 statistics[feature.name], seen = _fit_statistics(feature, counts, items)
                 scales[feature.name] = _fit_scale(feature, statistics[feature.name], *seen)
-            case Sequence():
-                pass  # looked up in the table of the feature that it lists
+            case Sequence() | Sessions():
+                pass  # looked up in the table of the feature that it lists, or in none
     return Encoders(schema.fitted(rows), vocabularies, bounds, scales, statistics, freeze_day)
 
 

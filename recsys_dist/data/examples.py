@@ -17,7 +17,18 @@ from recsys_dist.data.encoders import Encoders, statistic
 from recsys_dist.data.entities import Entities
 from recsys_dist.data.histories import Timeline, chunk_ends
 from recsys_dist.data.split import SPLITS, Split
-from recsys_dist.schema import Bucketed, Categorical, Cross, Numeric, Sequence, Statistic, Time, side
+from recsys_dist.schema import (
+    Bucketed,
+    Categorical,
+    Cross,
+    ListFeature,
+    Numeric,
+    Sequence,
+    Sessions,
+    Statistic,
+    Time,
+    side,
+)
 
 STATE = "state"  # a row that asks for a user's features at a moment, and is no event
 
@@ -127,7 +138,7 @@ def chunks(events: pa.Table, world: World, split: Split, feature: Sequence, unti
     builder = _Builder(events, world, chunk_ends(_codes(events["user_id"]), wanted, feature.max_length))
     return pa.table(
         {
-            feature.name: builder.sequence(feature),
+            feature.name: builder.listed(feature),
             schema.item_id.name: builder.single(schema.item_id),
             "user_id": builder.asked["user_id"],
             "timestamp": builder.asked["timestamp"],
@@ -151,12 +162,12 @@ class _Builder:
 
     def columns(self) -> dict[str, pa.Array]:
         singles = {
-            f.name: self.single(f) for f in self.schema.features if not isinstance(f, Cross | Sequence)
+            f.name: self.single(f) for f in self.schema.features if not isinstance(f, Cross | ListFeature)
         }
         columns: dict[str, pa.Array] = {}
         for feature in self.schema.features:
-            if isinstance(feature, Sequence):
-                columns[feature.name] = self.sequence(feature)
+            if isinstance(feature, ListFeature):
+                columns[feature.name] = self.listed(feature)
             elif isinstance(feature, Cross):
                 parts = [singles[name] for name in feature.of]
                 columns[feature.name] = pa.array(transforms.cross(parts, feature.hash_buckets))
@@ -192,8 +203,13 @@ class _Builder:
         past = statistic(feature, stats, keys, np.minimum(today, encoders.freeze_day))
         return transforms.scaled(past, encoders.scales[feature.name])
 
-    def sequence(self, feature: Sequence) -> pa.Array:
+    def listed(self, feature: ListFeature) -> pa.Array:
+        """The items of past events, or the sessions that these belong to."""
         offsets, at = self.timeline.last(_wanted(self.past, feature), feature.max_length, self.of)
+        if isinstance(feature, Sessions):
+            gap_us = round(feature.gap_minutes * transforms.MINUTE_US)
+            listed = transforms.sessions(self.past_us[at], offsets, gap_us, feature.sessions)
+            return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(listed))
         if feature.others_only:
             own = np.repeat(self.item, np.diff(offsets))
             kept = (self.past_item[at] != own) | (own == 0)  # 0: a row that asks for a user has no item
@@ -203,7 +219,11 @@ class _Builder:
 
     @cached_property
     def timeline(self) -> Timeline:
-        return Timeline.of(_codes(self.past["user_id"]), np.asarray(self.past["timestamp"].cast(pa.int64())))
+        return Timeline.of(_codes(self.past["user_id"]), self.past_us)
+
+    @cached_property
+    def past_us(self) -> np.ndarray:
+        return np.asarray(self.past["timestamp"].cast(pa.int64()))
 
 
 def _codes(column: pa.ChunkedArray) -> np.ndarray:
@@ -211,8 +231,8 @@ def _codes(column: pa.ChunkedArray) -> np.ndarray:
     return np.asarray(column.combine_chunks().dictionary_encode().indices)
 
 
-def _wanted(events: pa.Table, feature: Sequence) -> np.ndarray:
-    """[n] bool: events whose items a sequence lists."""
+def _wanted(events: pa.Table, feature: ListFeature) -> np.ndarray:
+    """[n] bool: events that a list tells of."""
     wanted = np.ones(len(events), bool)
     if STATE in events.column_names:
         wanted = ~np.asarray(pc.fill_null(events[STATE], False))

@@ -14,11 +14,12 @@ _AS_READ = pa.list_(pa.field("element", pa.int32()))
 def recent(events: pa.Table, schema: Schema) -> pa.Table:
     """The events, sorted by `examples.sort_events`, that a later example of their user can still see.
 
-    Per sequence feature these are the last `max_length` ones with its label, as `examples.features` takes.
+    Per feature that lists past events these are the last `max_length` ones with its label, as
+    `examples.features` takes.
     """
     user = np.asarray(events["user_id"].combine_chunks().dictionary_encode().indices)
     kept = np.zeros(len(events), bool)
-    for feature in schema.sequences:
+    for feature in schema.lists:
         wanted = np.ones(len(events), bool)
         if feature.where is not None:
             wanted = np.nan_to_num(transforms.floats(events[feature.where])) > 0

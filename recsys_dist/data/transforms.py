@@ -13,6 +13,7 @@ from pandas.util import hash_array
 
 DAY_US = 86_400_000_000
 HOUR_US = 3_600_000_000
+MINUTE_US = 60_000_000
 
 
 @dataclass(frozen=True)
@@ -155,3 +156,14 @@ def floats(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
 
 def _logged(x: np.ndarray, log: bool) -> np.ndarray:
     return np.log1p(np.maximum(x, 0)) if log else x
+
+
+def sessions(timestamp_us: np.ndarray, offsets: np.ndarray, gap_us: int, most: int) -> np.ndarray:
+    """int32 number of each event's session, back from its list's newest, which is 1; at most `most`.
+
+    Lists lie one after another in `timestamp_us`, ascending, from `offsets[i]` to `offsets[i + 1]`.
+    """
+    begins = np.cumsum(np.diff(timestamp_us, prepend=timestamp_us[:1]) > gap_us)
+    lengths = np.diff(offsets)
+    newest = np.repeat(offsets[1:] - 1, lengths)
+    return np.minimum(1 + begins[newest] - begins, most).astype(np.int32)

@@ -143,7 +143,17 @@ class RecallModel(Model, Protocol):
 
 
 # Files of `models/` that are no model.
-SHARED = ("calibration", "layers", "losses", "pairs", "protocol", "ranking", "recall")
+SHARED = (
+    "behaviours",
+    "calibration",
+    "layers",
+    "losses",
+    "pairs",
+    "protocol",
+    "ranking",
+    "recall",
+    "recurrence",
+)
 
 
 def model_names() -> list[str]:

@@ -86,7 +86,7 @@ class Ranker(nn.Module):
 
     @staticmethod
     def inputs(schema: Schema, cfg: Any) -> Schema:
-        """All features, or those that `cfg.features` names.
+        """All features but sessions, or those that `cfg.features` names.
 
         ConfigError for a task whose label there is not, and for a model that embeds where nothing is left to.
         """
@@ -97,7 +97,8 @@ class Ranker(nn.Module):
                     f"{cfg.name}: objective.tasks has {name!r}, which is not another label of the log"
                     f"{nearest(name, labels)}"
                 )
-        read = schema if cfg.features is None else schema.select(cfg.features)
+        every = [feature.name for feature in schema.features if feature not in schema.sessions]
+        read = schema.select(every if cfg.features is None else cfg.features)
         if isinstance(cfg, EmbeddingConfig) and not embedded(read):
             raise ConfigError(f"{cfg.name}: no id feature to embed is left; crosses have linear weights only")
         return read

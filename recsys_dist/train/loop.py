@@ -205,7 +205,7 @@ def idle_batch(schema: Schema, rows: int) -> Batch:
 
     TorchRec's row-wise kernel needs equally many rows on every worker, and none takes zero of them.
     """
-    keys = [feature.name for feature in schema.ids]
+    keys = [feature.name for feature in schema.keys]
     one = Batch(
         dense=torch.zeros(1, len(schema.dense)),
         sparse=KeyedJaggedTensor(

@@ -28,7 +28,7 @@ from torchrec.distributed.types import ShardingPlan
 
 from recsys_dist.config import Config, nearest, rng_for
 from recsys_dist.errors import ConfigError
-from recsys_dist.models.layers import WorkerSum
+from recsys_dist.models.layers import WorkerMax, WorkerSum
 from recsys_dist.models.recall import GlobalRows
 from recsys_dist.train.optim import (
     UNFUSED,
@@ -155,6 +155,22 @@ class _AllSum(nn.Module):
         return total
 
 
+class _AllMax(nn.Module):
+    """`WorkerMax` over a process group."""
+
+    def forward(self, count: int, device: torch.device) -> int:
+        most = torch.tensor(count, device=device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
+
+
+_COLLECTIVE: dict[type[nn.Module], type[nn.Module]] = {
+    WorkerSum: _AllSum,
+    WorkerMax: _AllMax,
+    GlobalRows: _AllRows,
+}
+
+
 def shard(
     model: nn.Module,
     groups: Mapping[str, list[nn.Parameter]],
@@ -185,12 +201,12 @@ def shard(
 
 
 def _connect(model: nn.Module) -> None:
+    if dist.get_world_size() == 1:
+        return
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, WorkerSum):
-                setattr(module, name, _AllSum())
-            elif isinstance(child, GlobalRows):
-                setattr(module, name, _AllRows())
+            if type(child) in _COLLECTIVE:
+                setattr(module, name, _COLLECTIVE[type(child)]())
 
 
 def materialise(model: nn.Module, seed: int, device: torch.device | str = "cpu") -> nn.Module:

@@ -14,6 +14,7 @@ from recsys_dist.schema import (
     Numeric,
     Schema,
     Sequence,
+    Sessions,
     Statistic,
     Time,
 )
@@ -33,6 +34,7 @@ SCHEMA = Schema(
         Sequence(name="clicked", of="item", where="click", max_length=3),
         Sequence(name="clicked_genre", of="genre", where="click", max_length=3),
         Sequence(name="shown", of="item", max_length=4),
+        Sessions(name="shown_sessions", max_length=4, gap_minutes=600, sessions=3),
         Numeric(name="age", column="users.age"),
         Numeric(name="watch_capacity", column="items.length", log=True),
         Statistic(name="user_count", key="user_id"),

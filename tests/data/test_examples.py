@@ -1,6 +1,7 @@
 """Features against a row-by-row computation in plain Python, and blindness to the future."""
 
 import datetime as dt
+import itertools
 import math
 from collections import Counter
 from typing import Any
@@ -59,6 +60,14 @@ def smoothed(past: list[dict[str, Any]], prior: float) -> float:
     return log_odds((sum(known) + 2 * prior) / (len(known) + 2)) - log_odds(prior)
 
 
+def sessions_of(times: list[dt.datetime]) -> list[int]:
+    """Back from the newest: 1, and one more, up to 3, wherever ten hours lie between two events."""
+    numbers = [1] if times else []
+    for later, earlier in itertools.pairwise(reversed(times)):
+        numbers.append(min(3, numbers[-1] + (later - earlier > dt.timedelta(hours=10))))
+    return numbers[::-1]
+
+
 def test_every_feature_equals_a_computation_row_by_row(log: pa.Table, world: World) -> None:
     rows = log.to_pylist()
     item_of = {r["item_id"]: r for r in items().to_pylist()}
@@ -85,6 +94,7 @@ def test_every_feature_equals_a_computation_row_by_row(log: pa.Table, world: Wor
             "clicked": [row_of(world, "item", r["item_id"]) for r in clicked],
             "clicked_genre": [row_of(world, "genre", genre(r)) for r in clicked],
             "shown": [row_of(world, "item", r["item_id"]) for r in past[-4:]],
+            "shown_sessions": sessions_of([r["timestamp"] for r in past[-4:]]),
             "user_count": math.log1p(sum(r["user_id"] == row["user_id"] for r in days)),
             "user_rate": smoothed([r for r in days if r["user_id"] == row["user_id"]], prior),
             "item_count": math.log1p(sum(r["item_id"] == row["item_id"] for r in days)),

@@ -79,7 +79,8 @@ def test_loss_is_one_finite_value_per_row(name: str) -> None:
     model, schema = build(name)
     loss = model.loss(random_batch(schema, 9, rng_for(1, "rows")), 3)
     assert loss.shape == (9,) and bool(torch.isfinite(loss).all())
-    assert torch.equal(loss, model.loss(random_batch(schema, 9, rng_for(1, "rows")), 3))
+    again = model.loss(random_batch(schema, 9, rng_for(1, "rows")), 3)
+    torch.testing.assert_close(loss, again)  # batch norm sums about a running mean: but for rounding
 
 
 def test_planted_structure_is_recovered(name: str) -> None:
@@ -103,6 +104,7 @@ def test_padding_is_inert(name: str) -> None:
     batch = random_batch(schema, 6, rng_for(2, "pad"))
     gradients = []
     for grown in (batch, batch.pad(10)):
+        model.train()
         loss = model.loss(grown, 0)
         assert bool(torch.isfinite(loss).all())
         model.zero_grad()

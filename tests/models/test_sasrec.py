@@ -87,7 +87,7 @@ def histories(batch: Batch) -> list[list[int]]:
 )
 def test_users_are_what_their_newest_items_predict(cfg: Config) -> None:
     model, schema = build(cfg)
-    batch = random_batch(schema, 12, rng_for(0, "rows"))
+    batch = random_batch(schema, 40, rng_for(0, "rows"))
     assert {len(h) for h in histories(batch)} == set(range(LONGEST + 1))
     expected = [predictions(model, items)[-1] for items in histories(batch)]
     np.testing.assert_allclose(model(batch).detach().numpy(), expected, rtol=1e-6)

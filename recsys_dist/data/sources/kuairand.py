@@ -31,6 +31,7 @@ from recsys_dist.schema import (
     Numeric,
     Schema,
     Sequence,
+    Sessions,
     Statistic,
     Time,
 )
@@ -214,6 +215,8 @@ def _features() -> Iterator[AnyFeature]:
     for where, name in (("long_view", "long_viewed"), ("click", "clicked"), (None, "exposed")):
         yield Sequence(name=name, of="item", where=where, max_length=20 if where == "click" else 50)
         yield Sequence(name=f"{name}_tags", of="tag", where=where, max_length=20)
+    yield Sessions(name="clicked_sessions", where="click", max_length=20)
+    yield Sessions(name="exposed_sessions", max_length=50)
     for name in [*USER_NUMBERS, "history_len"]:
         yield Numeric(name=f"log_{name}", column=f"users.{name}", log=True)
     yield Numeric(name="log_duration", column="items.video_duration", log=True)

@@ -37,7 +37,7 @@ from recsys_dist.config import rng_for
 from recsys_dist.data.columns import TimestampUnit
 from recsys_dist.data.sources.protocol import CHUNK_ROWS, Part, SourceConfig
 from recsys_dist.errors import SourceError
-from recsys_dist.schema import Categorical, Cross, Label, Numeric, Schema, Sequence, Statistic, Time
+from recsys_dist.schema import Categorical, Cross, Label, Numeric, Schema, Sequence, Sessions, Statistic, Time
 
 DIM = 8  # of tastes and item factors
 BLOCK_EVENTS = 100_000  # generated at a time: about 100 MB while at it
@@ -114,6 +114,7 @@ class Source:
                 Cross(name="user_topic", of=("user", "topic")),
                 Sequence(name="clicked", of="item", where="click"),
                 Sequence(name="clicked_topics", of="topic", where="click"),
+                Sessions(name="clicked_sessions", where="click"),
                 Sequence(name="last_topic", of="topic", where="click", max_length=1),
                 Numeric(name="log_duration", column="items.duration_ms", log=True),
                 Statistic(name="user_count", key="user_id"),

@@ -140,7 +140,17 @@ class RecallModel(Model, Protocol):
 
 
 # Files of `models/` that are no model.
-SHARED = ("behaviours", "calibration", "layers", "losses", "pairs", "protocol", "ranking", "recall", "recurrence")
+SHARED = (
+    "behaviours",
+    "calibration",
+    "layers",
+    "losses",
+    "pairs",
+    "protocol",
+    "ranking",
+    "recall",
+    "recurrence",
+)
 
 
 def model_names() -> list[str]:

@@ -13,6 +13,7 @@ from recsys_dist.train.settings import TrainConfig
 _PREPARED = "runs/data"  # where jobs.prepare's examples write
 
 _TOWERS = ("mlp", "deep_crossing", "dcn", "deepfm", "dlrm", "youtubednn_ranking")
+_ATTENTION = ("din", "dien", "dsin")
 RECIPES: dict[str, dict[str, Any]] = {
     "wide_deep": {
         "model": {"name": "wide_deep"},
@@ -23,6 +24,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     **{
         name: {"model": {"name": name}, "batch_rows": 1024, "epochs": 3, "optimizer": {"deep": {"lr": 0.1}}}
         for name in ("lr", "fm", *_TOWERS)
+    },
+    **{
+        name: {
+            "model": {"name": name, "dropout": 0.3},
+            "batch_rows": 1024,
+            "epochs": 3,
+            "optimizer": {"deep": {"lr": 0.02}},
+        }
+        for name in _ATTENTION
     },
     "youtubednn": {"model": {"name": "youtubednn"}, "batch_rows": 2048, "epochs": 2},
     "two_tower": {
@@ -61,10 +71,21 @@ _TOWER = {
 }
 _LINEAR = {"optimizer.wide.lr": {"log": [0.003, 0.1]}}
 _CROSS = {"model.cross_layers": {"int": [1, 5]}, "model.structure": {"choice": ["parallel", "stacked"]}}
-_OWN: dict[str, dict[str, Any]] = {"deepfm": _LINEAR, "dcn": _CROSS}
+_OWN: dict[str, dict[str, Any]] = {
+    "deepfm": _LINEAR,
+    "dcn": _CROSS,
+    "din": {"model.softmax": {"choice": [False, True]}, "model.unit_hidden": {"choice": [[36], [80, 40]]}},
+    "dien": {
+        "model.auxiliary": {"log": [0.01, 1.0]},
+        "model.evolution": {"choice": ["augru", "agru", "aigru"]},
+    },
+    "dsin": {"model.heads": {"choice": [1, 2, 4]}, "model.feed_forward": {"choice": [32, 64, 128]}},
+}
+_DICE = {"model.activation": {"choice": ["dice", "relu", "prelu"]}}
 SPACES: dict[str, dict[str, Any]] = {
     "wide_deep": {**_TOWER, **_LINEAR, **_ANY},
     **{name: {**_TOWER, **_OWN.get(name, {}), **_ANY} for name in _TOWERS},
+    **{name: {**_TOWER, **_OWN[name], **_ANY, **_DICE} for name in _ATTENTION},
     "lr": {**_LINEAR, "optimizer.dense.lr": _ANY["optimizer.dense.lr"]},
     "fm": {
         "model.embedding_dim": _TOWER["model.embedding_dim"],

@@ -64,12 +64,17 @@ def random_batch(
     """
     fixed = columns or {}
     values, lengths = [], []
-    events = {(f.where, f.max_length): rng.integers(0, f.max_length + 1, rows) for f in schema.lists}
-    events |= {(f.where, f.max_length): np.ones(rows, np.int64) for f in schema.lists if f.name in fixed}
+    events: dict[tuple[str | None, int], np.ndarray] = {
+        (f.where, f.max_length): np.ones(rows, np.int64) for f in schema.lists if f.name in fixed
+    }
     for feature in schema.keys:
         assert feature.rows is not None
-        listed = isinstance(feature, ListFeature)
-        length = events[feature.where, feature.max_length] if listed else np.ones(rows, np.int64)
+        length = np.ones(rows, np.int64)
+        if isinstance(feature, ListFeature):
+            of = (feature.where, feature.max_length)
+            if of not in events:
+                events[of] = rng.integers(0, feature.max_length + 1, rows)
+            length = events[of]
         ids = fixed[feature.name] if feature.name in fixed else rng.integers(1, feature.rows, length.sum())
         if isinstance(feature, Sessions):  # the oldest first: they count down in each row
             ids = ids[np.lexsort((-ids, np.repeat(np.arange(rows), length)))]

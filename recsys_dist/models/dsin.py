@@ -209,4 +209,5 @@ def _groups(schema: Schema, cfg: Config) -> list[list[Sequence]]:
 
 def _sessions_of(sequence: Sequence, schema: Schema) -> Sessions | None:
     events = (sequence.where, sequence.max_length)
-    return next((f for f in schema.sessions if (f.where, f.max_length) == events), None)
+    known = (f for f in schema.sessions if (f.where, f.max_length) == events and not sequence.others_only)
+    return next(known, None)

@@ -89,8 +89,11 @@ def test_importance_tells_what_decides(data):
 
 @pytest.mark.parametrize("recipe", recipes.RECIPES)
 def test_every_recipe_has_a_space(recipe, data):
-    values = data.manifest.model_dump()  # a model may expect an amount, which this log has none of
+    values = (
+        data.manifest.model_dump()
+    )  # a model may expect an amount or sessions, which this log has none of
     values["fitted_schema"]["labels"] += ({"name": "watch_ms", "kind": "value"},)
+    values["fitted_schema"]["features"] += ({"name": "sessions", "kind": "sessions", "max_length": 4},)
     data = Prepared(data.path, Manifest.parse(values))
     cfg = recipes.named(recipe, {"data": str(data.path)})
     space = Space.parse(recipes.SPACES[cfg.model.name], cfg, data)

@@ -49,11 +49,17 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optimizer": {"deep": {"lr": 0.1}},
     },
     "item2vec": {
-        "model": {"name": "item2vec"},
-        "batch_rows": 128,  # each a whole sequence
+        "model": {
+            "name": "item2vec",
+            "window": 20,
+            "negatives_alpha": 0.0,
+            "subsample": 1.0,
+            "score": "contexts",
+        },
+        "batch_rows": 512,  # each a whole sequence
         "epochs": 30,
         "patience": 3,
-        "optimizer": {"deep": {"lr": 0.1}},
+        "optimizer": {"deep": {"lr": 0.15}},
     },
 }
 
@@ -119,7 +125,8 @@ SPACES: dict[str, dict[str, Any]] = {
         "model.window": {"choice": [2, 5, 10, 20]},
         "model.negatives_per_pair": {"log": [2.0, 20.0]},
         "model.negatives_alpha": {"uniform": [0.0, 1.0]},
-        "model.subsample": {"log": [0.00003, 0.01]},
+        "model.subsample": {"log": [0.00003, 1.0]},
+        "model.score": {"choice": ["items", "contexts"]},
         "batch_rows": {"choice": [64, 128, 256, 512]},
         "optimizer.deep.lr": {"log": [0.01, 0.3]},
     },

@@ -6,7 +6,9 @@ al. 2013, NeurIPS, arXiv 1310.4546) over what users did, for recall from item to
 over the pairs of items at most `window` apart in a user's sequence, either one as i; the items k of the
 expectation are drawn from q ∝ count^0.75. keep(i) = min(1, √(subsample / share of i among all events)) is the
 probability at which the papers keep an occurrence of a frequent item. A user is the mean of her items'
-vectors u, all of length 1. Who has no past is read as one with the unknown item (row 0).
+vectors u. As in the paper she is compared with the items' u, by the cosine; or (`score="contexts"`) with
+their v, by the inner product: what stands near her items, instead of what stands where they do. Who has no
+past is read as one with the unknown item (row 0).
 
 B rows, V items of all their sequences together (a row's own item is its last), D dimension, S negatives,
 I rows of the item table
@@ -49,6 +51,7 @@ class Config(ModelConfig):
     negatives: int = Field(256, ge=1, description="S, drawn anew for every global batch; estimate E_k")
     negatives_alpha: float = Field(0.75, ge=0, description="0 draws uniformly, 1 by popularity")
     negatives_seed: int = 0
+    score: Literal["items", "contexts"] = Field("items", description="vectors that recall looks among: u, v")
     subsample: float = Field(1e-3, gt=0, description="share of all events above which an item counts less")
 
 
@@ -84,17 +87,16 @@ class Model(nn.Module):
         """[B, D] user vectors."""
         past, row_B = newest(batch.sparse[self.past], self.longest)
         found = vectors_of(self.tables, {self.past: past, self.item: nothing(past.lengths())})
-        item_VD = found[self.past]
+        item_VD = self._normalised(found[self.past])
         of_V = torch.repeat_interleave(row_B, past.lengths())
-        summed_BD = item_VD.new_zeros(batch.rows, self.cfg.dim).index_add(
-            0, of_V, F.normalize(item_VD, dim=1)
-        )
-        return F.normalize(summed_BD, dim=1)
+        summed_BD = item_VD.new_zeros(batch.rows, self.cfg.dim).index_add(0, of_V, item_VD)
+        return self._normalised(summed_BD / past.lengths()[row_B.argsort()][:, None])
 
     def item_vectors(self) -> torch.Tensor:
-        """[I, D] vectors of length 1; on sharded tables every worker calls it together and gets them all."""
+        """[I, D] item vectors; on sharded tables every worker calls it together and gets them all."""
         rows, device = len(self.keep_I), self.keep_I.device
-        return F.normalize(all_vectors(self.tables, self.past, [self.item], rows, device), dim=1)
+        key, other = (self.past, self.item) if self.cfg.score == "items" else (self.item, self.past)
+        return self._normalised(all_vectors(self.tables, key, [other], rows, device))
 
     def loss(self, batch: Batch, step: int) -> torch.Tensor:
         """[B] sum over the pairs of a row, divided by the sequence's `max_length`."""
@@ -128,3 +130,6 @@ class Model(nn.Module):
     def table_groups(self) -> Mapping[str, list[nn.Parameter]]:
         """`"deep"`: the items' vectors u and v."""
         return {"deep": list(self.tables.parameters())}
+
+    def _normalised(self, vectors: torch.Tensor) -> torch.Tensor:
+        return F.normalize(vectors, dim=1) if self.cfg.score == "items" else vectors

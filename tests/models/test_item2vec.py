@@ -77,6 +77,17 @@ def test_users_are_the_mean_direction_of_their_items(model: Model) -> None:
     np.testing.assert_allclose(model(batch).detach().numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_users_may_be_compared_with_contexts() -> None:
+    cfg = Config(**{**CFG.model_dump(), "score": "contexts"})
+    model = materialise(Model(cfg, inputs(), Catalogue(torch.from_numpy(COUNTS))), 0)
+    batch = random_batch(inputs(), 9, rng_for(2, "rows"))
+    (u, v), users = tables(model), model(batch).detach().numpy()
+    np.testing.assert_allclose(
+        users, [u[items].mean(axis=0) for items in histories(batch)], rtol=1e-4, atol=1e-6
+    )
+    np.testing.assert_allclose(model.item_vectors().detach().numpy(), v, rtol=1e-6)
+
+
 def test_items_of_the_same_sequences_come_to_lie_together() -> None:
     """Two kinds of items that never meet; items of a kind meet at random."""
     cfg = Config(dim=8, subsample=1.0)

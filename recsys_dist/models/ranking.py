@@ -44,6 +44,7 @@ class RankConfig(ModelConfig):
     """Settings that all rankers have."""
 
     features: tuple[str, ...] | None = Field(None, description="features to read; None reads all")
+    history: bool = Field(True, description="false leaves out what the user did before: sequences")
     objective: Objective = Objective()
 
 
@@ -86,7 +87,7 @@ class Ranker(nn.Module):
 
     @staticmethod
     def inputs(schema: Schema, cfg: Any) -> Schema:
-        """All features but sessions, or those that `cfg.features` names.
+        """All features but sessions, or those that `cfg.features` names, the past only with `cfg.history`.
 
         ConfigError for a task whose label there is not, and for a model that embeds where nothing is left to.
         """
@@ -98,7 +99,9 @@ class Ranker(nn.Module):
                     f"{nearest(name, labels)}"
                 )
         every = [feature.name for feature in schema.features if feature not in schema.sessions]
-        read = schema.select(every if cfg.features is None else cfg.features)
+        chosen = every if cfg.features is None else cfg.features
+        past = set() if cfg.history else {feature.name for feature in schema.lists}
+        read = schema.select(name for name in chosen if name not in past)
         if isinstance(cfg, EmbeddingConfig) and not embedded(read):
             raise ConfigError(f"{cfg.name}: no id feature to embed is left; crosses have linear weights only")
         return read

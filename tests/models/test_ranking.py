@@ -57,3 +57,8 @@ def test_a_task_that_is_no_other_label_is_refused() -> None:
         cfg = Config(objective=Objective(tasks={name: 1.0}))
         with pytest.raises(ConfigError, match=f"objective.tasks has '{name}'"):
             Model.inputs(small_schema(), cfg)
+
+
+def test_the_past_can_be_left_out() -> None:
+    read = Model.inputs(small_schema(), Config(history=False))
+    assert not read.lists and [f.name for f in read.singles] == [f.name for f in small_schema().singles]

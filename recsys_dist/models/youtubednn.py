@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from recsys_dist.batch import Batch
 from recsys_dist.errors import ConfigError
 from recsys_dist.models.layers import DIM_UNIT, MLP, Activation, embedding_tables, normal, pooled
-from recsys_dist.models.losses import sampled_softmax
+from recsys_dist.models.losses import bayesian_personalised_ranking, gbce, gbce_beta, sampled_softmax
 from recsys_dist.models.protocol import Catalogue, ModelConfig, Task
 from recsys_dist.models.recall import Negatives, every_row, lookup, of_user, one_id
 from recsys_dist.schema import Schema
@@ -48,6 +48,10 @@ class Config(ModelConfig):
     normalise: bool = Field(True, description="cosine instead of the paper's inner product")
     temperature: float = Field(0.07, gt=0, description="logits are divided by it in training; 1 in the paper")
     item_bias: bool = Field(False, description="a learned popularity term, in more dimensions")
+    loss: Literal["sampled_softmax", "bpr", "gbce"] = Field(
+        "sampled_softmax", description="the paper's; or pairs (BPR), or binary cross-entropy (gBCE)"
+    )
+    calibration: float = Field(0.75, ge=0, le=1, description="t of gBCE; 0: plain binary cross-entropy")
     negatives: int = Field(1024, ge=1, description="S, drawn anew for every global batch")
     negatives_alpha: float = Field(0.75, ge=0, description="0 draws uniformly, 1 by popularity")
     negatives_seed: int = 0
@@ -90,6 +94,7 @@ class Model(nn.Module):
         self.negatives = Negatives(
             catalogue.positives, cfg.negatives, cfg.negatives_alpha, cfg.negatives_seed
         )
+        self.beta = gbce_beta(cfg.negatives, len(catalogue.positives) - 1, cfg.calibration)
         # follows from the catalogue, and so is no part of the state
         self.register_buffer("log_q_I", self.negatives.log_q_I, persistent=False)
         self.log_q_I: torch.Tensor
@@ -119,7 +124,7 @@ class Model(nn.Module):
         return self._normalised(every_row(self.item_tables, self.item, rows, device))
 
     def loss(self, batch: Batch, step: int) -> torch.Tensor:
-        """[B] sampled softmax; 0 where the positive is unknown (row 0), which nothing can recommend."""
+        """[B] the sampled softmax, or `cfg.loss`; 0 where the positive is unknown: nothing recommends it."""
         positive_B = one_id(batch.sparse, self.item)
         negative_S = self.negatives.draw(step).to(positive_B.device)
         # one lookup, and so one exchange between workers, for positives and negatives together
@@ -129,13 +134,16 @@ class Model(nn.Module):
         vectors = self._normalised(lookup(self.item_tables, self.item, ids, lengths))
         positive_BD, negative_SD = vectors[: batch.rows], vectors[batch.rows :]
         user_BD = self(batch) / self.cfg.temperature
-        loss_B = sampled_softmax(
-            (user_BD * positive_BD).sum(dim=1),
-            user_BD @ negative_SD.T,
-            self.log_q_I[positive_B],
-            self.log_q_I[negative_S],
-            positive_B[:, None] == negative_S[None, :],
-        )
+        logit_B, others_BS = (user_BD * positive_BD).sum(dim=1), user_BD @ negative_SD.T
+        hit_BS = positive_B[:, None] == negative_S[None, :]
+        match self.cfg.loss:
+            case "bpr":
+                loss_B = bayesian_personalised_ranking(logit_B, others_BS, hit_BS)
+            case "gbce":
+                loss_B = gbce(logit_B, others_BS, hit_BS, self.beta)
+            case "sampled_softmax":
+                log_q = self.log_q_I[positive_B], self.log_q_I[negative_S]
+                loss_B = sampled_softmax(logit_B, others_BS, *log_q, hit_BS)
         return loss_B * (positive_B > 0)
 
     def table_groups(self) -> Mapping[str, list[nn.Parameter]]:

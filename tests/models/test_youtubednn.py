@@ -80,3 +80,22 @@ def test_what_it_cannot_do_is_refused() -> None:
         Model.inputs(schema, Config(features=("watchd",)))
     with pytest.raises(ConfigError, match="item_bias has no meaning"):
         Config.parse({"item_bias": True})
+
+
+@pytest.mark.parametrize("loss", ["bpr", "gbce"])
+def test_other_losses_see_the_same_logits(loss: str) -> None:
+    cfg = Config.parse({"loss": loss, "negatives": 20, "calibration": 0.5})
+    model, _ = build(cfg)
+    batch = random_batch(Model.inputs(small_schema(), cfg), 7, rng_for(5, "rows"))
+    logit = model(batch).detach().double().numpy() @ model.item_vectors().detach().double().numpy().T
+    p = 1 / (1 + np.exp(-logit / cfg.temperature))
+    drawn, share = model.negatives.draw(3).numpy(), 20 / 39
+    for row, positive in enumerate(batch.sparse["item"].values().tolist()):
+        others = drawn[drawn != positive]
+        if loss == "bpr":
+            difference = (logit[row, positive] - logit[row, others]) / cfg.temperature
+            expected = np.log1p(np.exp(-difference)).mean()
+        else:
+            beta = share * (0.5 * (1 - 1 / share) + 1 / share)
+            expected = -(beta * np.log(p[row, positive]) + np.log(1 - p[row, others]).sum()) / 21
+        assert model.loss(batch, 3)[row].item() == pytest.approx(expected, rel=1e-3)

@@ -149,6 +149,7 @@ examples:
   python -m jobs.train wide_deep data=runs/data
   python -m jobs.train wide_deep data=runs/data num_workers=2 model.hidden=[512,256] optimizer.deep.lr=0.1
   python -m jobs.train youtubednn data=runs/data --out runs/recall
+  python -m jobs.train --model my_models.tower:Model data=runs/data model.hidden=[64]
   python -m jobs.train --config runs/train/models/ranking-wide_deep-…/config.yaml seed=1
 
 The same command again goes on from the newest checkpoint, also with another number of workers, and
@@ -171,13 +172,20 @@ def parse(argv: list[str]) -> tuple[TrainConfig, str, TrackingConfig]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("words", nargs="*", metavar="RECIPE key=value", help="a recipe, dotted settings")
+    parser.add_argument("--model", metavar="MODULE:Model", help="a model of your own instead of a recipe")
     parser.add_argument("--config", help="YAML file with settings, such as a former run's config.yaml")
     parser.add_argument("--out", default="runs/train", help="directory for runs (default: %(default)s)")
     parser.add_argument("--tracking-uri", help="MLflow server; default: an SQLite file below --out")
     args = parser.parse_intermixed_args(argv)  # settings may follow options
     names = [word for word in args.words if "=" not in word]
-    if len(names) + bool(args.config) != 1:
-        raise ConfigError(f"name one recipe ({', '.join(RECIPES)}) or a file with --config; see --help")
-    cfg = TrainConfig.parse(load_yaml(args.config)) if args.config else named(names[0])
+    if len(names) + bool(args.config) + bool(args.model) != 1:
+        raise ConfigError(
+            f"name one recipe ({', '.join(RECIPES)}), a file with --config, or a model with --model; "
+            "see --help"
+        )
+    if args.model:
+        cfg = TrainConfig.parse({"data": _PREPARED, "model": {"name": args.model}})
+    else:
+        cfg = TrainConfig.parse(load_yaml(args.config)) if args.config else named(names[0])
     tracked = TrackingConfig(uri=args.tracking_uri)
     return cfg.override([word for word in args.words if "=" in word]), args.out, tracked

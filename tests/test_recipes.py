@@ -39,3 +39,32 @@ def test_help_names_recipes_and_settings(capsys):
         recipes.parse(["--help"])
     said = capsys.readouterr().out
     assert all(name in said for name in (*recipes.RECIPES, *TrainConfig.model_fields))
+
+
+TOWER = """
+from recsys_dist.models import mlp
+
+class Config(mlp.Config):
+    name: str = "my_models.tower:Model"
+    extra: int = 3
+
+class Model(mlp.Model):
+    pass
+"""
+
+
+def test_a_model_of_ones_own_is_a_file_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "my_models").mkdir()
+    (tmp_path / "my_models/tower.py").write_text(TOWER)
+    (tmp_path / "my_models/empty.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg, _, _ = recipes.parse(["--model", "my_models.tower:Model", "model.extra=5", "model.hidden=[8]"])
+    assert (cfg.model.extra, cfg.model.hidden, cfg.task) == (5, (8,), "ranking")
+    assert TrainConfig.parse(cfg.model_dump(mode="json")) == cfg, "as workers and the bundle read it"
+    for name, message in (
+        ("my_models.towr:Model", "No module named 'my_models.towr'"),
+        ("my_models.empty:Model", "has no Config"),
+        ("my_models.tower:Tower", "name it as …:Model"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            recipes.parse(["--model", name])

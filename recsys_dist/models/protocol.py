@@ -163,7 +163,30 @@ def model_names() -> list[str]:
 
 
 def model_module(name: str) -> ModuleType:
-    """The module of a model, by its name; ConfigError names the nearest where there is none."""
+    """The module of a model: a file here by its name, or anyone's as `package.module:Model`.
+
+    ConfigError names the nearest where there is none, and what another's module lacks.
+    """
+    if ":" in name:
+        return _others(name)
     if name not in model_names():
         raise ConfigError(f"model {name!r} does not exist{nearest(name, model_names())}")
     return importlib.import_module(f"recsys_dist.models.{name}")
+
+
+def _others(name: str) -> ModuleType:
+    path, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"model {name!r}: {error}; its module must be importable here and on every worker, as from the "
+            "directory that the job is started in"
+        ) from None
+    missing = [each for each in ("Config", "Model") if not hasattr(module, each)]
+    if missing or attribute != "Model":
+        raise ConfigError(
+            f"model {name!r}: the module needs a `Config` and a `Model` (recsys_dist/models/protocol.py says "
+            f"what they offer){f' and has no {missing[0]}' if missing else '; name it as …:Model'}"
+        )
+    return module

@@ -1,8 +1,9 @@
 """Optimizers: Adam for dense weights, fused Adagrad for embedding tables (stepped in the backward pass).
 
 Tables that are sharded step inside TorchRec's kernel. Data-parallel ones have no fused kernel and are
-stepped here by the same rule, from `torchrec.optim`, after their gradients were averaged. FTRL has none
-anywhere: each worker steps the rows that it holds, here.
+stepped here by the same rule, from `torchrec.optim`, after their gradients were averaged. FTRL and weight
+decay have none anywhere (FBGEMM's CPU kernels take a `weight_decay` and ignore it): each worker steps the
+rows that it holds, here.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,14 +19,14 @@ from recsys_dist.config import Config
 from recsys_dist.errors import ConfigError
 from recsys_dist.train.ftrl import FTRL
 
-# Classes that both run in torch and name a fused kernel to TorchRec (its own Adagrad and SGD only name one).
+# Classes that both run in torch and (FTRL not) name a fused kernel to TorchRec; its own Adagrad and SGD only
+# name one.
 RULES: dict[str, Any] = {
     "rowwise_adagrad": RowWiseAdagrad,
     "adagrad": torch.optim.Adagrad,
     "sgd": torch.optim.SGD,
     "ftrl": FTRL,
 }
-UNFUSED = ("ftrl",)  # but these, which name none
 
 
 class DenseOptimizer(Config):
@@ -49,18 +50,32 @@ class TableOptimizer(Config):
     beta: float = Field(1 / 4096, gt=0, description="FTRL's")
     l1: float = Field(0.0, ge=0, description="FTRL's; weights whose |z| stays below it are exactly 0")
     l2: float = Field(0.0, ge=0, description="FTRL's")
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        description="row-wise Adagrad's: L2 on all rows, looked up or not, in every step. No fused kernel "
+        "has it: a step takes a gradient as large as the table",
+    )
 
     @model_validator(mode="after")
     def _own_penalties(self) -> "TableOptimizer":
         if self.rule != "ftrl" and (self.l1 or self.l2):
             raise ValueError(f"l1 and l2 are of rule 'ftrl'; {self.rule!r} has none")
+        if self.rule != "rowwise_adagrad" and self.weight_decay:
+            raise ValueError(f"weight_decay is of rule 'rowwise_adagrad'; {self.rule!r} has none")
         return self
+
+    @property
+    def fused(self) -> bool:
+        """Whether TorchRec's kernels step by this rule in the backward pass."""
+        return self.rule != "ftrl" and self.weight_decay == 0
 
     def kwargs(self) -> dict[str, float]:
         """Constructor arguments of the rule's optimizer class."""
         if self.rule == "ftrl":
             return {"lr": self.lr, "beta": self.beta, "l1": self.l1, "l2": self.l2}
-        return {"lr": self.lr} if self.rule == "sgd" else {"lr": self.lr, "eps": self.eps}
+        decay = {"weight_decay": self.weight_decay} if self.weight_decay else {}
+        return {"lr": self.lr} if self.rule == "sgd" else {"lr": self.lr, "eps": self.eps, **decay}
 
 
 class OptimizerConfig(Config):
@@ -99,7 +114,7 @@ def attach(model: nn.Module, rules: Mapping[str, TableOptimizer]) -> None:
     On an unsharded model with real (not "meta") tables this trains by the same rule, in torch.
     """
     for name, weight in model.named_parameters():
-        if name in rules and rules[name].rule not in UNFUSED:
+        if name in rules and rules[name].fused:
             # TorchRec writes into the kwargs: each table needs its own dict.
             apply_in_backward(RULES[rules[name].rule], [weight], rules[name].kwargs())
 
@@ -128,7 +143,10 @@ class Optimizers:
             dense = list(self.dense.values())
             self._optimizers.append(adam(dense, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True))
         for name, weight in self.tables.items():
+            if weight.numel() == 0 and rules[name].rule == "rowwise_adagrad":
+                continue  # a worker that holds none of the rows
             self._optimizers.append(RULES[rules[name].rule]([weight], **rules[name].kwargs()))
+        self._unfused = {id(weight) for name, weight in self.tables.items() if not rules[name].fused}
 
     def gradient_norms(self) -> dict[str, torch.Tensor]:
         """L2 norm of each dense layer's gradient, by the name of the module that holds its weights.
@@ -147,8 +165,9 @@ class Optimizers:
             nn.utils.clip_grad_norm_(self.dense.values(), self._clip_norm)
         for optimizer in self._optimizers:
             optimizer.step()
-            # FTRL's gradient is as large as its table: taking over the next one saves adding it to zeros
-            optimizer.zero_grad(set_to_none=isinstance(optimizer, FTRL))
+            # a gradient as large as its table: taking over the next one saves adding it to zeros
+            whole = any(id(w) in self._unfused for group in optimizer.param_groups for w in group["params"])
+            optimizer.zero_grad(set_to_none=whole)
 
     def state(self) -> dict[str, torch.Tensor]:
         """`<parameter>.<slot>` -> tensor, of dense weights only; tables' is `table_accumulators`."""
@@ -170,7 +189,9 @@ class Optimizers:
     def accumulators(self) -> dict[str, torch.Tensor]:
         """`accumulators_of` the tables, or of this worker's rows of them, that are stepped here."""
         owner = {id(w): o for o in self._optimizers for g in o.param_groups for w in g["params"]}
-        return accumulators_of({name: (owner[id(w)], w) for name, w in self.tables.items()})
+        empty = {name: w.new_zeros(0) for name, w in self.tables.items() if id(w) not in owner}
+        held = {name: (owner[id(w)], w) for name, w in self.tables.items() if id(w) in owner}
+        return {**accumulators_of(held), **empty}
 
 
 def accumulators_of(

@@ -31,7 +31,6 @@ from recsys_dist.errors import ConfigError
 from recsys_dist.models.layers import WorkerMax, WorkerSum
 from recsys_dist.models.recall import GlobalRows
 from recsys_dist.train.optim import (
-    UNFUSED,
     OptimizerConfig,
     Optimizers,
     TableOptimizer,
@@ -123,16 +122,18 @@ class _Gather(torch.autograd.Function):
 
 
 def _placed_as(weight: ShardedTensor, local: torch.Tensor) -> ShardedTensor:
-    """`local` [this worker's rows, n] as part of a tensor [rows, n] that lies where the weight's rows do."""
-    found, columns = weight.metadata(), local.shape[1]
+    """`local` [this worker's rows] or [.., n] as part of a tensor that lies where the weight's rows do."""
+    found, columns = weight.metadata(), list(local.shape[1:])
     shards = [
-        ShardMetadata([shard.shard_offsets[0], 0], [shard.shard_sizes[0], columns], shard.placement)
+        ShardMetadata(
+            [shard.shard_offsets[0], *(0 for _ in columns)], [shard.shard_sizes[0], *columns], shard.placement
+        )
         for shard in found.shards_metadata
     ]
     mine = [
         Shard(local, s) for s in shards if s.placement is not None and s.placement.rank() == dist.get_rank()
     ]
-    size = torch.Size([found.size[0], columns])
+    size = torch.Size([found.size[0], *columns])
     whole = ShardedTensorMetadata(shards, size, found.tensor_properties)
     return ShardedTensor._init_from_local_shards_and_global_metadata(mine, whole)
 
@@ -191,7 +192,7 @@ def shard(
     constraints = _constraints(sharding, tables, rules, torch.device(device).type)
     with _quiet():
         plan = _plan(model, sharders, constraints, torch.device(device).type)
-        _keep_gradients(plan, [tables[name].name for name, rule in rules.items() if rule.rule in UNFUSED])
+        _keep_gradients(plan, [tables[name].name for name, rule in rules.items() if not rule.fused])
         parallel = DistributedModelParallel(
             model, plan=plan, sharders=sharders, device=torch.device(device), init_data_parallel=False
         )
@@ -274,13 +275,18 @@ def _kinds(cfg: ShardingConfig, table: Any, weight: str, rule: TableOptimizer, d
             "row-wise Adagrad would keep an accumulator per column shard and so train otherwise than "
             "unsharded; set its optimizer's rule to 'adagrad', or shard it row_wise or table_wise"
         )
-    elif rule.rule == "ftrl":
-        refused["column_wise"] = "FTRL takes a row for one weight; shard it row_wise or table_wise"
+    elif not rule.fused:
+        refused["column_wise"] = "FTRL and weight decay step whole rows; shard it row_wise or table_wise"
     elif dim % _COLUMNS or dim < 2 * _COLUMNS:
         refused["column_wise"] = (
             f"its dimension {dim} cannot be cut into columns of {_COLUMNS} or more; take table_wise"
         )
     if ".embeddings." in f".{weight}":
+        if not rule.fused:
+            raise ConfigError(
+                f"table {table.name!r} is of sequences, whose ids TorchRec looks up one by one: it has no "
+                "weight_decay there; set optimizer.deep.weight_decay=0"
+            )
         refused["data_parallel"] = (
             "TorchRec's CPU kernel fails on a batch without any id for a sequence table; take table_wise"
         )

@@ -23,6 +23,7 @@ OPTIMIZER = OptimizerConfig.parse({"deep": {"lr": 0.1}, "wide": {"lr": 0.1}, "de
 FTRL = OptimizerConfig.parse(
     {**OPTIMIZER.model_dump(), "wide": {"rule": "ftrl", "lr": 0.1, "beta": 0.01, "l1": 0.02}}
 )
+DECAY = OPTIMIZER.override(["deep.weight_decay=0.01", "wide.weight_decay=0.01"])
 
 
 def inputs(name: str) -> Schema:
@@ -73,7 +74,8 @@ def on_rank(rank: int, name: str, optimizer: OptimizerConfig) -> dict[str, list[
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    ("name", "optimizer"), [*((name, OPTIMIZER) for name in model_names()), ("wide_deep", FTRL)]
+    ("name", "optimizer"),
+    [*((name, OPTIMIZER) for name in model_names()), ("wide_deep", FTRL), ("wide_deep", DECAY)],
 )
 def test_two_workers_learn_what_one_process_learns(name: str, optimizer: OptimizerConfig) -> None:
     loss = materialise(build(name), SEED)

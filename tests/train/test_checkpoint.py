@@ -15,7 +15,7 @@ from recsys_dist.train.loop import Epoch, Workers, idle_batch
 from recsys_dist.train.sharding import ShardingConfig, shard
 from tests.train import tiny
 from tests.train.ranks import run_ranks
-from tests.train.test_sharding import ADAGRAD, FTRL, ROWWISE, SEED, build, local_batches, train, whole
+from tests.train.test_sharding import ADAGRAD, DECAY, FTRL, ROWWISE, SEED, build, local_batches, train, whole
 
 
 def manifest(epoch: int) -> Manifest:
@@ -87,6 +87,7 @@ COLUMN_WISE = {"tables": {"user": "column_wise", "step": "column_wise"}}
         (ADAGRAD, (2, COLUMN_WISE), (3, {"kind": "row_wise"})),
         (ADAGRAD, (2, {"kind": "row_wise"}), (2, COLUMN_WISE)),
         (FTRL, (2, {"kind": "row_wise"}), (3, {"kind": "table_wise"})),
+        (DECAY, (3, {"kind": "row_wise"}), (2, DATA_PARALLEL)),
         (FTRL, (3, {"kind": "table_wise"}), (2, WIDE_DATA_PARALLEL)),
         (FTRL, (1, WIDE_DATA_PARALLEL), (2, {"kind": "row_wise"})),
     ],

@@ -91,7 +91,8 @@ def train_sharded(rank: int, world: int, sharding: dict, optimizer: OptimizerCon
 FTRL = OptimizerConfig.parse(
     {"deep": {"lr": 0.3}, "wide": {"lr": 0.3, "rule": "ftrl", "l1": 2e-3}, "dense": {"lr": 0.01}}
 )
-OPTIMIZERS = {"rowwise": ROWWISE, "adagrad": ADAGRAD, "ftrl": FTRL}
+DECAY = ROWWISE.override(["wide.weight_decay=0.02"])
+OPTIMIZERS = {"rowwise": ROWWISE, "adagrad": ADAGRAD, "ftrl": FTRL, "decay": DECAY}
 
 
 @pytest.fixture(scope="module", params=OPTIMIZERS)
@@ -202,3 +203,16 @@ def refusals(_rank: int) -> dict[str, str]:
         "sequence": message({"tables": {"step": "data_parallel"}}),
         "narrow": message({"tables": {"wide_item": "column_wise"}}, ADAGRAD),
     }
+
+
+def decay_of_a_sequence_table(_rank: int) -> str:
+    with pytest.raises(ConfigError) as error:
+        loss = build()
+        decay = ROWWISE.override(["deep.weight_decay=0.01"])
+        shard(loss, loss.model.table_groups(), decay, ShardingConfig(), SEED)
+    return str(error.value)
+
+
+@pytest.mark.ranks
+def test_weight_decay_of_a_sequence_table_is_refused():
+    assert "'step' is of sequences" in run_ranks(1, decay_of_a_sequence_table)[0]

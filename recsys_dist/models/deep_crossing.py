@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import nn
 
 from recsys_dist.batch import Batch
-from recsys_dist.models.layers import MLP, Activation
+from recsys_dist.models.layers import MLP, Activation, Norm
 from recsys_dist.models.protocol import Catalogue
 from recsys_dist.models.ranking import EmbeddingConfig, Fields, Ranker, embedded
 from recsys_dist.schema import Schema
@@ -25,15 +25,16 @@ class Config(EmbeddingConfig):
     name: Literal["deep_crossing"] = "deep_crossing"
     hidden: tuple[int, ...] = Field((256, 128), description="inner width of each residual unit")
     activation: Activation = "relu"
+    norm: Norm | None = None
     dropout: float = Field(0.0, ge=0, lt=1)
 
 
 class ResidualUnit(nn.Module):
     """Two layers around an inner width, added to their input before the last ReLU."""
 
-    def __init__(self, inputs: int, inner: int, activation: Activation, dropout: float) -> None:
+    def __init__(self, inputs: int, inner: int, cfg: Config) -> None:
         super().__init__()
-        self.inner = MLP(inputs, (inner,), activation, dropout, out=inputs)
+        self.inner = MLP(inputs, (inner,), cfg.activation, cfg.dropout, inputs, cfg.norm)
 
     def forward(self, x_BI: torch.Tensor, real_B: torch.Tensor) -> torch.Tensor:
         """[B, I] → [B, I]"""
@@ -48,9 +49,7 @@ class Model(Ranker):
         del catalogue  # a ranker knows items by their features alone
         self.fields = Fields(schema, embedded(schema), [], cfg)
         inputs = self.fields.width + len(schema.dense)
-        self.units = nn.ModuleList(
-            ResidualUnit(inputs, inner, cfg.activation, cfg.dropout) for inner in cfg.hidden
-        )
+        self.units = nn.ModuleList(ResidualUnit(inputs, inner, cfg) for inner in cfg.hidden)
         self.score = MLP(inputs, (), out=self.outputs)
 
     def logits(self, batch: Batch) -> torch.Tensor:

@@ -3,13 +3,13 @@
 import numpy as np
 import torch
 
-from recsys_dist.models.deep_crossing import ResidualUnit
+from recsys_dist.models.deep_crossing import Config, ResidualUnit
 from tests.models.formula import Arrays, agrees, linear
 
 
 def test_a_residual_unit_is_equation_4() -> None:
     torch.manual_seed(0)
-    unit = ResidualUnit(5, 3, "relu", 0.0).double()
+    unit = ResidualUnit(5, 3, Config()).double()
 
     def equation(a: Arrays) -> np.ndarray:
         inner = np.maximum(linear(a, "inner.layers.0", a["x_BI"]), 0)

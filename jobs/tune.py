@@ -124,7 +124,7 @@ class Told:
             }
             prefix = "check/" if job.check else ""
             at_best = next(entry for entry in result.history if entry[metric] == result.value)
-            found = {key: value for key, value in at_best.items() if key != "epoch"}
+            found = {k: v for k, v in at_best.items() if isinstance(v, int | float) and k != "epoch"}
             child.metrics({f"{prefix}{k}": v for k, v in (found | values).items()}, step=job.rung)
             self._sweep_metrics(ledger)
         child.status("FAILED" if result.value is None else "FINISHED")

@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 # Okabe & Ito's palette: told apart by colour-blind readers too.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 INK, GRID = "#1f2328", "#d7dbe0"
+_NAMED_LINES = 8  # of curves that a legend within the axes has room for
 _DOTS_SPAN = 5  # times the distance from the best to the middle: how far to the left Dots go
 STYLE: dict[Any, Any] = {  # matplotlib types its keys as literals
     "svg.fonttype": "none",
@@ -167,7 +168,11 @@ def _draw_curves(axes: Axes, plot: Curves) -> None:
         axes.plot(x, y, color=color, marker=marker, markersize=4, linewidth=1.8, label=name)
     axes.set(xlabel=plot.x_label, ylabel=plot.y_label, yscale="log" if plot.logarithmic else "linear")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if len(plot.lines) > 1:
+    if len(plot.lines) > _NAMED_LINES:  # as many layers: below the axes, which grow by it and not shrink
+        figure: Any = axes.get_figure(root=True)
+        figure.set_figheight(figure.get_figheight() + 0.13 * -(-len(plot.lines) // 3))
+        figure.legend(fontsize=6, loc="outside lower center", ncols=3)
+    elif len(plot.lines) > 1:
         axes.legend()
 
 

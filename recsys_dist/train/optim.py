@@ -165,6 +165,8 @@ class Optimizers:
             nn.utils.clip_grad_norm_(self.dense.values(), self._clip_norm)
         for optimizer in self._optimizers:
             optimizer.step()
+        # only then: tables may be slices of one tensor, and forgetting one's gradient forgets all
+        for optimizer in self._optimizers:
             # a gradient as large as its table: taking over the next one saves adding it to zeros
             whole = any(id(w) in self._unfused for group in optimizer.param_groups for w in group["params"])
             optimizer.zero_grad(set_to_none=whole)

@@ -160,8 +160,8 @@ class Fields(nn.Module):
         self, schema: Schema, deep: Iterable[IdFeature], linear: Iterable[SingleId], cfg: EmbeddingConfig
     ) -> None:
         super().__init__()
-        embedded, wide = list(deep), list(linear)
-        self.names = [feature.name for feature in embedded]
+        fields, wide = list(deep), list(linear)
+        self.names = [feature.name for feature in fields]
         self.dim = cfg.embedding_dim
         rows = np.cumsum([0, *(table_rows(feature) for feature in wide)])
         self.wide_rows = {feature.name: int(first) for feature, first in zip(wide, rows, strict=False)}
@@ -174,7 +174,7 @@ class Fields(nn.Module):
             init_fn=nn.init.zeros_,
         )
         extra = [table] if wide else []
-        self.tables = embedding_tables(schema, embedded, self.dim, normal(cfg.embedding_std), extra=extra)
+        self.tables = embedding_tables(schema, fields, self.dim, normal(cfg.embedding_std), extra=extra)
 
     @property
     def width(self) -> int:
@@ -184,7 +184,7 @@ class Fields(nn.Module):
     def forward(self, sparse: KeyedJaggedTensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Embedded fields [B, F, D] and the linear part [B], zeros without one; padding gives zeros."""
         found = self.tables(self._with_wide(sparse)).to_dict()
-        linear_B = found[WIDE].sum(dim=1) / WIDE_DIM if self.wide_rows else sparse_zeros(sparse)
+        linear_B = found[WIDE].sum(dim=1) / WIDE_DIM if self.wide_rows else _zeros(sparse)
         if not self.names:
             return linear_B.new_zeros(len(linear_B), 0, self.dim), linear_B
         flat = torch.cat([found[name] for name in self.names], dim=1)
@@ -206,7 +206,7 @@ class Fields(nn.Module):
         )
 
 
-def sparse_zeros(sparse: KeyedJaggedTensor) -> torch.Tensor:
+def _zeros(sparse: KeyedJaggedTensor) -> torch.Tensor:
     """[B] float zeros."""
     return torch.zeros(sparse.stride(), device=sparse.lengths().device)
 

@@ -15,7 +15,7 @@ from recsys_dist.serve.recommend import Recommender
 
 _USERS = 8
 _PREDICTED = ("probability", "expected_value")  # one of them, as the ranker has it
-_CLOSE = 1e-4  # scores of another CPU's arithmetic may differ by so much, or such a part
+_CLOSE = 1e-4  # scores of another CPU's arithmetic may differ by so much
 _BUDGET_MS = 600_000.0
 
 
@@ -51,7 +51,7 @@ def replay(bundle: Bundle) -> None:
 def _compare(bundle: Bundle, found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     for score in (*_PREDICTED, "recall_score"):
         pairs = [(a[score], b[score]) for a, b in zip(found, expected, strict=True) if a[score] is not None]
-        far = max((abs(a - b) / max(1, abs(b)) for a, b in pairs), default=0.0)
+        far = max((_apart(a, b, score) for a, b in pairs), default=0.0)
         if not far <= _CLOSE:
             raise BundleError(
                 f"bundle {str(bundle.path)!r} gives a {score} that is {far:g} off its golden answer, over "
@@ -73,12 +73,17 @@ def _tied(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
     """The lists differ only where scores are as good as equal."""
     pairs = zip(found, expected, strict=False)
     return len(found) == len(expected) and all(
-        any(_close(a[of], b[of]) for of in _PREDICTED) for a, b in pairs
+        any(
+            a[of] is not None and b[of] is not None and _apart(a[of], b[of], of) <= _CLOSE
+            for of in _PREDICTED
+        )
+        for a, b in pairs
     )
 
 
-def _close(a: float | None, b: float | None) -> bool:
-    return a is not None and b is not None and abs(a - b) <= _CLOSE * max(1, abs(b))
+def _apart(a: float, b: float, score: str) -> float:
+    """Of amounts the part of them, as they may be thousands; of other scores the difference."""
+    return abs(a - b) / (max(1, abs(b)) if score == "expected_value" else 1)
 
 
 def _first_moment_after(bundle: Bundle) -> datetime:

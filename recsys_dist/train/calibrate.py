@@ -29,7 +29,9 @@ def fit(kind: Kind, logits: np.ndarray, labels: np.ndarray) -> Points:
 
 
 def _platt(logits: np.ndarray, labels: np.ndarray) -> Points:
-    z, y = logits.astype(np.float64), (labels > 0).astype(np.float64)
+    z, positive = logits.astype(np.float64), labels > 0
+    # Platt's targets, not 0 and 1: rows that a threshold separates would have an infinite slope
+    y = np.where(positive, 1 - 1 / (positive.sum() + 2), 1 / ((~positive).sum() + 2))
 
     def loss(line: np.ndarray) -> tuple[float, np.ndarray]:
         scaled = line[0] * z + line[1]
@@ -49,7 +51,7 @@ def _platt(logits: np.ndarray, labels: np.ndarray) -> Points:
 
 def _isotonic(logits: np.ndarray, labels: np.ndarray) -> Points:
     order = np.argsort(logits, kind="stable")
-    bins = np.minimum(np.arange(len(order)) * KNOTS // len(order), KNOTS - 1)
+    bins = np.arange(len(order)) * min(KNOTS, len(order)) // len(order)
     rows = np.bincount(bins).astype(np.float64)
     x = np.bincount(bins, logits[order]) / rows
     # a rate of 0 or 1 has no logit: half a row is given to either side

@@ -26,6 +26,7 @@ from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import CheckpointError, NonFiniteLossError, RecsysError
 from recsys_dist.models.calibration import Points
 from recsys_dist.models.protocol import Catalogue, model_module
+from recsys_dist.models.ranking import Ranker
 from recsys_dist.train import checkpoint as checkpoints
 from recsys_dist.train.calibrate import fit
 from recsys_dist.train.catalogue import catalogue_of
@@ -75,6 +76,11 @@ def best_epoch(history: list[dict[str, Any]], metric: str) -> int:
     """Number (from 1) of the first epoch that no other beats."""
     values = np.array([entry[metric] for entry in history])
     return int(np.nanargmax(-values if metric in LESS_IS_BETTER else values)) + 1
+
+
+def _calibrated(model: Any) -> bool:
+    """Whether it predicts a probability and has a map for it, which a model from elsewhere need not."""
+    return isinstance(model, Ranker) and model.predicts is None
 
 
 class Run:
@@ -228,9 +234,7 @@ class Run:
         if phase.valid is None:
             return {}
         model = sharded.inner().eval()
-        self._calibrate(
-            model, []
-        )  # metrics, and what the next map is fitted on, are of the model's own scores
+        self._calibrate(model, [])  # metrics, and the next map, are of the model's own scores
         tables = feed.take(pieces, self.idle.rows)
         steps = max(self.workers.gather(-(-sum(piece.rows for piece in pieces) // self.idle.rows)))
         batches = (next(tables, None) for _ in range(steps))  # lookups are collective: equally many for all
@@ -248,17 +252,14 @@ class Run:
         if self.workers.rank == 0:
             merged = first.merge(*others)
             found = merged.compute(*settings)
-            if self._calibrated(model):
+            if _calibrated(model):
                 found["calibration"] = fit(self.cfg.calibration, merged.scores, merged.labels)
         found = self.workers.agree(found)
         self._calibrate(model, found.get("calibration", []))
         return found
 
-    def _calibrated(self, model: Any) -> bool:
-        return self.cfg.task == "ranking" and model.predicts is None
-
     def _calibrate(self, model: Any, points: Points) -> None:
-        if self._calibrated(model):
+        if _calibrated(model):
             model.calibration.set(points)
 
     def _commit(

@@ -68,3 +68,9 @@ def test_what_cannot_be_fitted_changes_nothing() -> None:
     logits, labels = rows(4)
     assert fit("none", logits, labels) == fit("platt", logits, np.ones(ROWS)) == []
     assert fit("platt", -logits, labels) == fit("isotonic", -logits, labels) == []
+
+
+@pytest.mark.parametrize("kind", ["platt", "isotonic"])
+def test_a_few_rows_that_a_threshold_separates_have_a_finite_map(kind: Kind) -> None:
+    points = np.array(fit(kind, np.array([0.5, 0.1, 0.3, -2.0], np.float32), np.array([1.0, 0, 1, 0])))
+    assert points.shape[1] == 2 and np.isfinite(points).all() and np.abs(points).max() < 20

@@ -26,6 +26,8 @@ def connect(dashboard: bool = False, metrics_port: int | None = None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get("RAY_ADDRESS")
     here = not address
+    own = _own_address() if here else {}
+    os.environ.update(own)
     try:
         if address:
             _probe(address)
@@ -49,6 +51,24 @@ def connect(dashboard: bool = False, metrics_port: int | None = None) -> None:
         raise ClusterError(
             "Ray did not start within 30 s, as on a machine that is too busy; run the same command again"
         ) from error
+    finally:
+        for name in own:
+            del os.environ[name]
+
+
+def _own_address() -> dict[str, str]:
+    """Variables that choose where a new cluster listens, and tell so to all processes that it starts.
+
+    Without them Ray Train's PlacementGroupCleaner asks whichever cluster of this machine started last whether
+    its run still lives, is told no, and ends the workers: two trainings side by side killed each other.
+    """
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = str(probe.getsockname()[1])
+    return {
+        "RAY_GCS_SERVER_PORT": port,
+        "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}",  # type: ignore[no-untyped-call]
+    }
 
 
 def _probe(address: str) -> None:

@@ -1,4 +1,7 @@
+import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -18,3 +21,15 @@ def test_the_address_for_submitting_jobs_is_no_cluster(monkeypatch: pytest.Monke
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
     with pytest.raises(ClusterError, match="Invalid Ray address"):
         session.connect()
+
+
+@pytest.mark.ray
+def test_processes_of_a_cluster_started_here_know_its_address_and_the_driver_keeps_its_environment() -> None:
+    code = (
+        "import os, ray; from recsys_dist import session; session.connect()\n"
+        "asked = ray.remote(lambda: os.environ['RAY_ADDRESS']).remote()\n"
+        "assert ray.get(asked) == ray.get_runtime_context().gcs_address\n"
+        "assert 'RAY_ADDRESS' not in os.environ and 'RAY_GCS_SERVER_PORT' not in os.environ\n"
+    )
+    alone = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    subprocess.run([sys.executable, "-c", code], env=alone, check=True, timeout=120)

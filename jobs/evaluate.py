@@ -57,11 +57,10 @@ def ranking_table(result: dict[str, Any]) -> str:
     for name in (name for name in SCORERS if name in result):
         lines += _scorer(SCORERS[name], result[name], list(RANKING))
     if "amount" in result:
-        of = result["amount"]
+        ours, mean = result["amount"]["model"], result["amount"]["item_mean"]
         lines.append(
-            f"expected {of['label']}: mean absolute error {of['mae']:,.4g} "
-            f"(each item's mean: {of['item_mean_mae']:,.4g}), "
-            f"XAUC {of['xauc']:.4f} ({of['item_mean_xauc']:.4f})"
+            f"expected {result['amount']['label']}: mean absolute error {ours['mae']:,.4g} "
+            f"(each item's mean: {mean['mae']:,.4g}), XAUC {ours['xauc']:.4f} ({mean['xauc']:.4f})"
         )
     low, high = result["model_minus_target_encoding"]["auc"]
     return "\n".join([*lines, f"AUC over target encoding: {low:+.4f} to {high:+.4f} (95 %, paired by user)"])

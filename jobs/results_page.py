@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from recsys_dist.metrics import LESS_IS_BETTER
+
 HEAD = """# Results
 
 Written by `python -m jobs.benchmark_quality`, a section per suite. Figures are means over seeds ± their
@@ -97,8 +99,11 @@ def _ours(row: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
 
 
 def _goal(goal: Mapping[str, Any]) -> list[str]:
-    sign = "≥" if goal["ahead_of"] is None else ">"
-    least = ", ".join(f"{title(metric)} {sign} {number(value)}" for metric, value in goal["least"].items())
+    signs = "≥≤" if goal["ahead_of"] is None else "><"
+    least = ", ".join(
+        f"{title(metric)} {signs[metric in LESS_IS_BETTER]} {number(value)}"
+        for metric, value in goal["least"].items()
+    )
     asked = goal["of"] if goal["ahead_of"] is None else f"{goal['of']} ahead of {goal['ahead_of']}"
     verdict = _REACHED[goal["met"]]
     if goal["met"] is not None and goal["seeds"] < goal["of_seeds"]:
@@ -135,7 +140,7 @@ def title(metric: str) -> str:
 
 
 def number(value: float) -> str:
-    return f"{value:.4f}".removeprefix("0")
+    return f"{value:.4f}".removeprefix("0") if abs(value) < 100 else f"{value:,.0f}"
 
 
 def _spread(values: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.suites import Goal, Suite
+from recsys_dist.metrics import LESS_IS_BETTER
 from recsys_dist.plots import Dots
 
 BEST = "the best of ours"
@@ -16,6 +17,7 @@ def summarise(
     """All figures of a suite, from a record per (row, seed) and a line per setting tried on validation."""
     rows = [_row([r for r in records if r["row"] == row.name]) for row in suite.rows]
     found = {row["row"]: row for row in rows if row}
+    baselines = records[0]["baselines"] if records else {}
     return {
         "suite": name,
         "title": suite.title,
@@ -23,10 +25,10 @@ def summarise(
         "dates": sorted({record["date"] for record in records}),
         "metrics": list(suite.metrics),
         "rows": list(found.values()),
-        "baselines": records[0]["baselines"] if records else {},
+        "baselines": baselines,
         "published": {row: list(values) for row, values in suite.published.items()},
         "floors": {row: list(values) for row, values in suite.floors.items()},
-        "goals": [_judged(goal, suite, found) for goal in suite.goals],
+        "goals": [_judged(goal, suite, found, baselines) for goal in suite.goals],
         "tried": list(tried),
     }
 
@@ -58,16 +60,22 @@ def _row(records: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _judged(goal: Goal, suite: Suite, found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def _judged(
+    goal: Goal,
+    suite: Suite,
+    found: Mapping[str, dict[str, Any]],
+    baselines: Mapping[str, Mapping[str, float]],
+) -> dict[str, Any]:
     """A goal, by which row it is met or not; `met` is None where a row it speaks of was not run."""
     means = {name: {m: row["metrics"][m]["mean"] for m in suite.metrics} for name, row in found.items()}
     best = max(means, key=lambda name: means[name][suite.metrics[0]], default=BEST)
     of = best if goal.of is None else goal.of
-    least = goal.least if goal.ahead_of is None else means.get(goal.ahead_of, {})
+    least = goal.least if goal.ahead_of is None else {**baselines, **means}.get(goal.ahead_of, {})
     met = None
     if of in means and least:
-        reached = [(means[of][metric], value) for metric, value in least.items()]
-        met = all(ours >= value if goal.ahead_of is None else ours > value for ours, value in reached)
+        signs = {metric: -1 if metric in LESS_IS_BETTER else 1 for metric in least}
+        ahead = [signs[metric] * (means[of][metric] - value) for metric, value in least.items()]
+        met = all(by >= 0 if goal.ahead_of is None else by > 0 for by in ahead)
     return {
         "aim": goal.aim,
         "of": goal.of or BEST,

@@ -25,7 +25,8 @@ from recsys_dist.tracking import TrackingConfig
 from recsys_dist.train.settings import TrainConfig
 from recsys_dist.train.trainer import FitResult
 
-BASELINES = ("target_encoding", "popularity", "item_cosine")
+AMOUNTS = {"xauc", "mae"}  # metrics of an expected amount
+BASELINES = ("target_encoding", "popularity", "item_cosine", "item_mean")
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,10 @@ class Bench:
         self, row: Row, cfg: TrainConfig, fitted: FitResult, evaluation: dict[str, Any]
     ) -> dict[str, Any]:
         """The record of a finished run; of recall, with the items that users had seen left out."""
-        scored = {name: evaluation[name] for name in ("model", *BASELINES) if name in evaluation}
-        values = {name: found.get("unseen", found) for name, found in scored.items()}
-        picked = {name: {m: found[m] for m in self.suite.metrics} for name, found in values.items()}
+        found = evaluation.get("amount", evaluation) if AMOUNTS & {*self.suite.metrics} else evaluation
+        scored = {name: found[name] for name in ("model", *BASELINES) if name in found}
+        values = {name: of.get("unseen", of) for name, of in scored.items()}
+        picked = {name: {m: of[m] for m in self.suite.metrics} for name, of in values.items()}
         return {
             "key": self._key(cfg),
             "row": row.name,

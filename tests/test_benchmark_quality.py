@@ -109,6 +109,20 @@ def test_goals_are_judged_by_means() -> None:
     assert scores.summarise("made-up", SUITE, more, [])["goals"][2]["met"] is True
 
 
+def test_an_error_is_better_the_less_it_is_and_a_baseline_can_be_what_to_beat() -> None:
+    suite = replace(SUITE, metrics=("xauc", "mae"), goals=(Goal("DCN", ahead_of="item mean"),))
+
+    def judged(mae: float) -> dict[str, Any]:
+        ours = record("DCN", 0, 0.7) | {"metrics": {"xauc": 0.7, "mae": mae}}
+        ours["baselines"] = {"item mean": {"xauc": 0.6, "mae": 12_000.0}}
+        return scores.summarise("made-up", suite, [ours], [])
+
+    assert [judged(mae)["goals"][0]["met"] for mae in (11_999.0, 12_000.0, 12_001.0)] == [True, False, False]
+    text = results_page.section(judged(11_999.0) | {"published": {}, "floors": {}})
+    asked = "DCN ahead of item mean: XAUC > .6000, MAE < 12,000"
+    assert ["required", asked, "DCN .7000 / 11,999", "met, with 1 of 3 seeds"] in cells(text)
+
+
 def cells(text: str) -> list[list[str]]:
     lines = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]

@@ -186,9 +186,11 @@ def test_an_expected_amount_stands_beside_each_items_mean(prepared: Prepared) ->
     ]
     y = test["click"].to_numpy()
     amount = result["amount"]
-    assert amount["mae"] == pytest.approx(np.abs(np.exp(test["age"].to_numpy()) - y).mean(), rel=1e-6)
-    assert amount["item_mean_mae"] == pytest.approx(np.abs(means - y).mean())
-    assert amount["item_mean_xauc"] == pytest.approx(roc_auc_score(y, means))  # of two values: the AUC
+    assert amount["model"]["mae"] == pytest.approx(
+        np.abs(np.exp(test["age"].to_numpy()) - y).mean(), rel=1e-6
+    )
+    assert amount["item_mean"]["mae"] == pytest.approx(np.abs(means - y).mean())
+    assert amount["item_mean"]["xauc"] == pytest.approx(roc_auc_score(y, means))  # of two values: the AUC
     assert "logloss" not in result["model"] and "reliability" not in result
     assert "expected click: mean absolute error" in ranking_table(result)
 

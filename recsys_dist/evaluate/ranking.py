@@ -65,12 +65,11 @@ def evaluate_ranking(
     difference = {name: drawn["model"][name] - drawn["target_encoding"][name] for name in drawn["model"]}
     result["model_minus_target_encoding"] = intervals(difference)
     if trained.model.predicts:
+        predicted = {"model": table["expected"], "item_mean": table["item_mean"]}
         observed = table["observed"].to_numpy()
-        baseline = amount_metrics(table["item_mean"].to_numpy(), observed)
         result["amount"] = {
             "label": trained.model.predicts,
-            **amount_metrics(table["expected"].to_numpy(), observed),
-            **{f"item_mean_{name}": value for name, value in baseline.items()},
+            **{name: amount_metrics(values.to_numpy(), observed) for name, values in predicted.items()},
         }
         return result
     curve = reliability(states["model"].scores, states["model"].labels)

@@ -11,7 +11,10 @@ from recsys_dist.metrics.ranking import (
 )
 from recsys_dist.metrics.retrieval import RetrievalState
 
+LESS_IS_BETTER = ("logloss", "mae")
+
 __all__ = [
+    "LESS_IS_BETTER",
     "RankingState",
     "RetrievalState",
     "auc",

@@ -18,7 +18,6 @@ TASK_METRICS: dict[Task, tuple[str, ...]] = {
     "ranking": ("auc", "gauc", "logloss"),
     "recall": ("recall", "user_recall", "ndcg"),
 }
-LESS_IS_BETTER = ("logloss",)
 _RECALL_AT = 100  # the default cut
 
 # What may change between two starts of one run: where and how it computes, not what.

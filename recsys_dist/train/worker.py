@@ -24,6 +24,7 @@ from recsys_dist.data.feed import Feed, Piece, deal, newest_rows, shuffled
 from recsys_dist.data.output import write_text
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import CheckpointError, NonFiniteLossError, RecsysError
+from recsys_dist.metrics import LESS_IS_BETTER
 from recsys_dist.models.calibration import Points
 from recsys_dist.models.protocol import Catalogue, model_module
 from recsys_dist.models.ranking import Ranker
@@ -33,7 +34,7 @@ from recsys_dist.train.catalogue import catalogue_of
 from recsys_dist.train.checkpoint import Checkpoint, Manifest
 from recsys_dist.train.loop import Epoch, Loss, Totals, Workers, idle_batch
 from recsys_dist.train.progress import Progress, steps_per_point
-from recsys_dist.train.settings import LESS_IS_BETTER, TrainConfig
+from recsys_dist.train.settings import TrainConfig
 from recsys_dist.train.sharding import ShardedModel, shard
 from recsys_dist.train.validate import item_vectors, ranked_rows, recall_users
 

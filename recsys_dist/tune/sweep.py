@@ -21,8 +21,9 @@ from recsys_dist.config import Config, digest
 from recsys_dist.data.output import sole_writer
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import ConfigError, NonFiniteLossError, RecsysError, TrainError
+from recsys_dist.metrics import LESS_IS_BETTER
 from recsys_dist.train import trainer
-from recsys_dist.train.settings import LESS_IS_BETTER, TrainConfig
+from recsys_dist.train.settings import TrainConfig
 from recsys_dist.train.worker import best_epoch
 from recsys_dist.tune.ledger import Job, Ledger, Plan, Result, next_check, next_job
 from recsys_dist.tune.space import Space, Values, settings

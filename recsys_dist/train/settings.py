@@ -108,8 +108,11 @@ class TrainConfig(Config):
         return exact_div(self.batch_rows, self.num_workers, "batch_rows", "num_workers")
 
     def identity(self) -> dict[str, Any]:
-        """What is learned and how, whatever computes it and wherever the data are."""
-        values = self.model_dump(mode="json")
+        """What is learned and how, whatever computes it and wherever the data are; without what is not set.
+
+        So a setting that a later version adds, and that is None unless set, leaves former runs what they are.
+        """
+        values = self.model_dump(mode="json", exclude_none=True)
         return {key: value for key, value in values.items() if key not in _NOT_IDENTITY}
 
     def run_digest(self, data_digest: str) -> str:

@@ -153,7 +153,10 @@ class Bundle:
         opened = type(self).open(fresh)
         answers = golden(opened) if golden else self.golden
         (fresh / GOLDEN).write_text(json.dumps(answers, indent=1, allow_nan=False) + "\n")
-        (fresh / CARD).write_text(card.text(facts))
+        ranker: Any = opened.ranking.model
+        calibration = getattr(ranker, "calibration", None)  # which a model from elsewhere need not have
+        calibrated = calibration is not None and calibration.changes
+        (fresh / CARD).write_text(card.text(facts, ranker.predicts, calibrated))
         facts = facts.sealed(manifest.entries(fresh))
         facts.save(fresh)
         _sync(fresh)

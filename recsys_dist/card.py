@@ -16,9 +16,11 @@ _NAMES = {
 }
 
 
-def text(manifest: Manifest) -> str:
-    """Markdown."""
+def text(manifest: Manifest, predicts: str | None, calibrated: bool) -> str:
+    """Markdown. `predicts` is the amount that the ranker expects; None: its label's probability."""
     data, labels = manifest.data, manifest.labels
+    by = f"expected `{predicts}`" if predicts else f"predicted probability of `{labels['ranking'][0]}`"
+    on_days = f", calibrated on the days from {data.valid_from} to {data.test_from}" if calibrated else ""
     return f"""# Model card: recommender bundle {manifest.version}
 
 Made {manifest.created} by recsys_dist at git commit {manifest.git_commit}.
@@ -26,9 +28,9 @@ Made {manifest.created} by recsys_dist at git commit {manifest.git_commit}.
 ## What it is
 
 Two models that answer together: `{manifest.models["recall"]["name"]}` finds candidates among
-{manifest.index.items:,} items, `{manifest.models["ranking"]["name"]}` orders them by the predicted
-probability of `{labels["ranking"][0]}`. With them: vocabularies, statistics, the index, popular items and the
-newest events of each user.
+{manifest.index.items:,} items, `{manifest.models["ranking"]["name"]}` orders them by the
+{by}{on_days}.
+With them: vocabularies, statistics, the index, popular items and the newest events of each user.
 
 ## Data
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from recsys_dist import card
 from recsys_dist.bundle import Bundle
 from recsys_dist.config import rng_for
 from recsys_dist.data.collate import collate
@@ -88,8 +89,12 @@ def test_the_manifest_says_where_it_comes_from(bundle: Bundle, pair: Pair) -> No
         assert recalled == {name: pair.evaluations["recall"][scorer]["unseen"][name] for name in recalled}
     assert {"auc", "gauc"} <= set(facts.metrics["ranking"]["model"])
     assert {"recall@100", "ndcg@100"} <= set(facts.metrics["recall"]["popularity"])
-    card = (bundle.path / "MODEL_CARD.md").read_text()
-    assert facts.version in card and f"{facts.metrics['ranking']['model']['auc']:.4f}" in card
+    written = (bundle.path / "MODEL_CARD.md").read_text()
+    assert facts.version in written and f"{facts.metrics['ranking']['model']['auc']:.4f}" in written
+    assert "by the\npredicted probability of `click`.\n" in written
+    assert "by the\nexpected `watch_ms`.\n" in card.text(facts, "watch_ms", calibrated=False)
+    days = "from 2024-03-07 to 2024-03-08"
+    assert f"`click`, calibrated on the days {days}.\n" in card.text(facts, None, calibrated=True)
     assert facts.index.recall_at_200 == 1 and isinstance(bundle.index, Exact)
 
 

@@ -28,6 +28,11 @@ class Calibration(nn.Module):
         self.x_K.copy_(torch.from_numpy(np.r_[x, x[-1] + beyond]))
         self.y_K.copy_(torch.from_numpy(np.r_[y, y[-1] + beyond]))
 
+    @property
+    def changes(self) -> bool:
+        """Whether it is another map than the identity."""
+        return not torch.equal(self.x_K, self.y_K)
+
     def forward(self, logit_N: torch.Tensor) -> torch.Tensor:
         """[N] logits → [N] calibrated logits."""
         z = logit_N.double()

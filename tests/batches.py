@@ -44,14 +44,18 @@ def small_schema() -> Schema:
 
 
 def small_catalogue() -> Catalogue:
-    """The 40 items: item i was wanted i times, has author 1 + i % 11 and some duration; row 0 has nothing."""
+    """The 40 items: item i was wanted i times, has author 1 + i % 11 and some duration; row 0 has nothing.
+
+    Id j of any table is in 1 + j % 7 training rows.
+    """
     item = torch.arange(ROWS["item"], dtype=torch.int32)
     features = {
         "item": item,
         "author": (1 + item % 11) * (item > 0),
         "duration": torch.cos(item.float()) * (item > 0),
     }
-    return Catalogue(torch.arange(ROWS["item"]), features)
+    occurrences = {table: 1 + torch.arange(rows) % 7 for table, rows in ROWS.items()}
+    return Catalogue(torch.arange(ROWS["item"]), features, occurrences=occurrences)
 
 
 def random_batch(

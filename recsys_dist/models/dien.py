@@ -106,9 +106,8 @@ class Model(Ranker):
 
     def __init__(self, cfg: Config, schema: Schema, catalogue: Catalogue | None = None) -> None:
         super().__init__(cfg, schema)
-        del catalogue  # a ranker knows items by their features alone
         self.cfg = cfg
-        self.behaviours = Behaviours(schema, cfg, history_groups(schema, cfg))
+        self.behaviours = Behaviours(schema, cfg, history_groups(schema, cfg), catalogue)
         widths = self.behaviours.widths
         self.interests = nn.ModuleList(Interest(width, cfg.evolution) for width in widths)
         inputs = self.behaviours.fields_width + sum(widths) + len(schema.dense)
@@ -134,7 +133,7 @@ class Model(Ranker):
         self, batch: Batch, negatives: Mapping[str, torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, T] logits and [B] auxiliary loss, 0 without negatives."""
-        fields, histories = self.behaviours(batch.sparse, negatives)
+        fields, histories = self.behaviours(batch, negatives)
         auxiliary_B, states = fields.new_zeros(batch.rows), []
         for history, interest in zip(histories, self.interests, strict=True):
             state_BE, state_VE = interest(history)

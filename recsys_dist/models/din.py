@@ -40,9 +40,8 @@ class Model(Ranker):
 
     def __init__(self, cfg: Config, schema: Schema, catalogue: Catalogue | None = None) -> None:
         super().__init__(cfg, schema)
-        del catalogue  # a ranker knows items by their features alone
         self.softmax = cfg.softmax
-        self.behaviours = Behaviours(schema, cfg, history_groups(schema, cfg))
+        self.behaviours = Behaviours(schema, cfg, history_groups(schema, cfg), catalogue)
         widths = self.behaviours.widths
         self.units = nn.ModuleList(ActivationUnit(w, cfg.unit_hidden, cfg.unit_activation) for w in widths)
         inputs = self.behaviours.fields_width + sum(widths) + len(schema.dense)
@@ -55,7 +54,7 @@ class Model(Ranker):
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """[B, T]"""
-        fields, histories = self.behaviours(batch.sparse)
+        fields, histories = self.behaviours(batch)
         pooled = []
         for history, unit in zip(histories, self.units, strict=True):
             weight_V = unit(history, batch.real)

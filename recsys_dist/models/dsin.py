@@ -132,9 +132,8 @@ class Model(Ranker):
 
     def __init__(self, cfg: Config, schema: Schema, catalogue: Catalogue | None = None) -> None:
         super().__init__(cfg, schema)
-        del catalogue  # a ranker knows items by their features alone
         groups = _groups(schema, cfg)
-        self.behaviours = Behaviours(schema, cfg, groups)
+        self.behaviours = Behaviours(schema, cfg, groups, catalogue)
         sessions = [_sessions_of(group[0], schema) for group in groups]
         self.interests = nn.ModuleList(
             SessionInterest(width, of, cfg)
@@ -154,7 +153,7 @@ class Model(Ranker):
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """[B, T]"""
-        fields, histories = self.behaviours(batch.sparse)
+        fields, histories = self.behaviours(batch)
         interests = [
             interest(history, batch.sparse[interest.name].values().long())
             for history, interest in zip(histories, self.interests, strict=True)

@@ -28,6 +28,11 @@ class ModelConfig(Config):
 
     name: str
 
+    @property
+    def asks_occurrences(self) -> bool:
+        """Whether training must count `Catalogue.occurrences`: one more pass over its rows."""
+        return False
+
 
 @dataclass(frozen=True)
 class Catalogue:
@@ -38,11 +43,14 @@ class Catalogue:
                time, int32 rows or float32; empty where item vectors are there already, as in a bundle
     weight     [I] float32: sum of the item's rows' weights in recall training; None, as when nothing is left
                to train, stands for its positives
+    occurrences  table -> [its rows] int64: how many training rows have the id, in any feature of the table;
+               there only for a model whose config asks for it
     """
 
     positives: torch.Tensor
     features: Mapping[str, torch.Tensor] = field(default_factory=dict)
     weight: torch.Tensor | None = None
+    occurrences: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Model(Protocol):
@@ -153,6 +161,7 @@ SHARED = (
     "ranking",
     "recall",
     "recurrence",
+    "regularisation",
 )
 
 

@@ -5,8 +5,10 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+from recsys_dist.batch import Batch
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import DataError
+from recsys_dist.models.layers import table_rows
 from recsys_dist.models.protocol import Catalogue
 from recsys_dist.schema import IdFeature, Schema, Statistic
 
@@ -40,3 +42,19 @@ def catalogue_of(prepared: Prepared, schema: Schema, splits: Iterable[str]) -> C
         if schema.sides(f) == {"item"} and not isinstance(f, Statistic)
     }
     return Catalogue(torch.as_tensor(positives), features, torch.as_tensor(weight))
+
+
+def occurrences(batches: Iterable[Batch], schema: Schema) -> dict[str, torch.Tensor]:
+    """Table -> [its rows] int64: how many rows of the batches have each id, in whichever of its features."""
+    by_table: dict[str, list[IdFeature]] = {}
+    for feature in schema.ids:
+        by_table.setdefault(schema.table(feature), []).append(feature)
+    counts = {table: torch.zeros(table_rows(of[0]), dtype=torch.int64) for table, of in by_table.items()}
+    for batch in batches:
+        row_B = torch.arange(batch.rows)
+        for table, of in by_table.items():
+            found, rows = [batch.sparse[feature.name] for feature in of], len(counts[table])
+            row_V = torch.cat([row_B.repeat_interleave(jagged.lengths()) for jagged in found])
+            once = torch.unique(row_V * rows + torch.cat([jagged.values() for jagged in found]))
+            counts[table] += torch.bincount(once % rows, minlength=rows)
+    return counts

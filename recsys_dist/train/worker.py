@@ -7,7 +7,7 @@ from its newest whole checkpoint. All workers take every decision alike, from wh
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from recsys_dist.models.protocol import Catalogue, model_module
 from recsys_dist.models.ranking import Ranker
 from recsys_dist.train import checkpoint as checkpoints
 from recsys_dist.train.calibrate import fit
-from recsys_dist.train.catalogue import catalogue_of
+from recsys_dist.train.catalogue import catalogue_of, occurrences
 from recsys_dist.train.checkpoint import Checkpoint, Manifest
 from recsys_dist.train.loop import Epoch, Loss, Totals, Workers, idle_batch
 from recsys_dist.train.progress import Progress, steps_per_point
@@ -133,12 +133,14 @@ class Run:
         self.progress.resume(phase.name, done)
         splits = ("train", "valid") if phase.valid is None else ("train",)
         catalogue = catalogue_of(self.prepared, self.schema, splits)
+        train, valid = self._pieces(phase)
+        if self.cfg.model.asks_occurrences:
+            catalogue = replace(catalogue, occurrences=self._occurrences(train))
         sharded = self._build(catalogue)
         if newest is not None:
             checkpoints.load(newest, sharded)
         self._calibrate(sharded.inner(), phase.calibration)
         manifest = newest.manifest if newest else self._manifest(phase)
-        train, valid = self._pieces(phase)
         epochs = {e: shuffled(train, self.cfg.seed, e) for e in range(done + 1, phase.epochs + 1)}
         feed = Feed([piece for order in epochs.values() for piece in (*order, *valid)])
         committed = newest
@@ -197,6 +199,16 @@ class Run:
         held_out = self._files(phase.valid) if phase.valid else []
         names += ["user_id", "truth", "seen"]
         return train, deal(held_out, names, self.workers.size)[self.workers.rank]
+
+    def _occurrences(self, train: list[Piece]) -> dict[str, torch.Tensor]:
+        """Of all workers' training rows. Collective."""
+        feed = Feed(train)
+        mine = occurrences(
+            (collate(table, self.schema) for table in feed.take(train, self.idle.rows)), self.schema
+        )
+        feed.close()
+        theirs = self.workers.gather(mine)
+        return {table: torch.stack([counts[table] for counts in theirs]).sum(0) for table in mine}
 
     def _training_files(self, phase: Phase) -> tuple[list[tuple[str, int]], int | None]:
         """What to train on: each file with its rows that are new enough, and since when they are."""

@@ -24,6 +24,7 @@ FTRL = OptimizerConfig.parse(
     {**OPTIMIZER.model_dump(), "wide": {"rule": "ftrl", "lr": 0.1, "beta": 0.01, "l1": 0.02}}
 )
 DECAY = OPTIMIZER.override(["deep.weight_decay=0.01", "wide.weight_decay=0.01"])
+PULLED = OPTIMIZER.override(["deep.rule=sgd"])  # Adagrad hides how large a gradient is
 
 
 def inputs(name: str) -> Schema:
@@ -31,14 +32,17 @@ def inputs(name: str) -> Schema:
     return module.Model.inputs(small_schema(), module.Config())
 
 
-def build(name: str) -> Loss:
+def build(name: str, optimizer: OptimizerConfig) -> Loss:
     module = model_module(name)
+    cfg = module.Config()
+    if optimizer == PULLED:
+        cfg = module.Config(regularisation=5.0, embedding_std=0.5)
     torch.manual_seed(SEED)
-    return Loss(module.Model(module.Config(), inputs(name), small_catalogue()))
+    return Loss(module.Model(cfg, inputs(name), small_catalogue()))
 
 
 def kinds(name: str) -> tuple[str, ...]:
-    sequences = any(isinstance(module, EmbeddingCollection) for module in build(name).modules())
+    sequences = any(isinstance(module, EmbeddingCollection) for module in build(name, OPTIMIZER).modules())
     return KINDS[: 2 if sequences else 3]
 
 
@@ -65,7 +69,7 @@ def on_rank(rank: int, name: str, optimizer: OptimizerConfig) -> dict[str, list[
     local = [take(b, torch.arange(6 * rank, min(6 * rank + 6, b.rows))) for b in global_batches(name)]
     found = {}
     for kind in kinds(name):
-        loss = build(name)
+        loss = build(name, optimizer)
         sharded = shard(loss, loss.model.table_groups(), optimizer, ShardingConfig(kind=kind), SEED)
         epoch = Epoch(sharded.model, sharded.optimizers, idle_batch(inputs(name), 6), Workers())
         found[kind] = learned(sharded.inner(), epoch, local, global_batches(name)[0])
@@ -75,10 +79,15 @@ def on_rank(rank: int, name: str, optimizer: OptimizerConfig) -> dict[str, list[
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("name", "optimizer"),
-    [*((name, OPTIMIZER) for name in model_names()), ("wide_deep", FTRL), ("wide_deep", DECAY)],
+    [
+        *((name, OPTIMIZER) for name in model_names()),
+        ("wide_deep", FTRL),
+        ("wide_deep", DECAY),
+        ("dien", PULLED),  # its history is regularised, its negatives not
+    ],
 )
 def test_two_workers_learn_what_one_process_learns(name: str, optimizer: OptimizerConfig) -> None:
-    loss = materialise(build(name), SEED)
+    loss = materialise(build(name, optimizer), SEED)
     optimizers = train_unsharded(loss, loss.model.table_groups(), optimizer)
     batches = global_batches(name)
     epoch = Epoch(loss, optimizers, idle_batch(inputs(name), 12), Workers())

@@ -8,7 +8,8 @@ import pytest
 
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import DataError
-from recsys_dist.train.catalogue import catalogue_of
+from recsys_dist.train.catalogue import catalogue_of, occurrences
+from tests.models.histories import ITEMS, batch_of, history_schema
 from tests.train import prepared, tiny
 
 
@@ -29,3 +30,12 @@ def test_data_of_an_older_version_are_refused(tmp_path: Path) -> None:
     pq.write_table(items.drop_columns(["length"]), path / "items.parquet")
     with pytest.raises(DataError, match=r"no column 'length': an older version .*; prepare the data again"):
         catalogue_of(Prepared.open(path), tiny.schema(), ("train",))
+
+
+def test_occurrences_are_rows_not_events() -> None:
+    """Item 3 is thrice in the first row, as candidate and in the history: that is one row."""
+    first = batch_of(np.array([3, 4]), [[3, 3, 5], [3]], np.zeros(2))
+    second = batch_of(np.array([5]), [[]], np.zeros(1)).pad(3)
+    found = occurrences([first, second], history_schema())
+    assert list(found) == ["item"] and len(found["item"]) == ITEMS
+    assert {int(i): int(found["item"][i]) for i in found["item"].nonzero()} == {3: 2, 4: 1, 5: 2}

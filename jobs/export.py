@@ -39,7 +39,7 @@ from recsys_dist.index import IndexConfig
 from recsys_dist.models.protocol import Task
 from recsys_dist.registry import CHAMPION, Publication, Registry, RegistryConfig
 from recsys_dist.train.checkpoint import MANIFEST
-from recsys_dist.train.worker import RESULT
+from recsys_dist.train.pretrained import RESULT
 
 TASKS: tuple[Task, ...] = ("recall", "ranking")
 

@@ -27,11 +27,10 @@ from recsys_dist.data.recent import recent, shown
 from recsys_dist.errors import BundleError
 from recsys_dist.index import IndexConfig
 from recsys_dist.manifest import DataSpan, IndexFacts
-from recsys_dist.models.protocol import Task, model_module
+from recsys_dist.models.protocol import Task, model_module, model_schema
 from recsys_dist.schema import Schema, Statistic, side
 from recsys_dist.serve.golden import ask
 from recsys_dist.train import checkpoint
-from recsys_dist.train.settings import model_schema
 
 DISPLAY = ("title", "name")  # columns of items that no feature needs to read, for people who look at lists
 RECALL_AT = 200

@@ -14,10 +14,9 @@ from recsys_dist.config import Config
 from recsys_dist.data.output import write_text
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import CheckpointError
-from recsys_dist.models.protocol import model_module
+from recsys_dist.models.protocol import model_module, model_schema
 from recsys_dist.schema import Schema
 from recsys_dist.train.checkpoint import load_for_inference
-from recsys_dist.train.settings import model_schema
 
 Work = Callable[[str], pa.Table]  # one file in, one table out
 MapFiles = Callable[[Work, list[str]], Iterable[pa.Table]]  # `map`, or the same over many workers

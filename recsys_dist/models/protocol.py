@@ -183,6 +183,12 @@ def model_module(name: str) -> ModuleType:
     return importlib.import_module(f"recsys_dist.models.{name}")
 
 
+def model_schema(model: ModelConfig, schema: Schema, label: str | None) -> Schema:
+    """The inputs of a model, with `label` (default: the schema's) as the one to rank by."""
+    labelled = Schema.parse({**schema.model_dump(), "ranking_label": label or schema.ranking_label})
+    return model_module(model.name).Model.inputs(labelled, model)
+
+
 def _others(name: str) -> ModuleType:
     path, _, attribute = name.partition(":")
     try:

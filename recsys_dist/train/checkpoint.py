@@ -25,10 +25,9 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader, 
 from recsys_dist.config import Config
 from recsys_dist.data.output import naming, write_text
 from recsys_dist.errors import CheckpointError, DataError
-from recsys_dist.models.protocol import Catalogue, model_module
+from recsys_dist.models.protocol import Catalogue, model_module, model_schema
 from recsys_dist.schema import Schema
 from recsys_dist.train.loop import Loss, Workers
-from recsys_dist.train.settings import model_schema
 from recsys_dist.train.sharding import ShardedModel, materialise
 
 MANIFEST = "manifest.json"

@@ -7,8 +7,9 @@ from pydantic import Field, SerializeAsAny, field_validator
 from recsys_dist.config import Config, digest
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import ConfigError
-from recsys_dist.models.protocol import ModelConfig, Task, model_module
+from recsys_dist.models.protocol import ModelConfig, Task, model_module, model_schema
 from recsys_dist.schema import Schema
+from recsys_dist.train import pretrained
 from recsys_dist.train.calibrate import Kind as CalibrationKind
 from recsys_dist.train.optim import OptimizerConfig
 from recsys_dist.train.sharding import ShardingConfig
@@ -29,6 +30,8 @@ _NOT_IDENTITY = (
     "sharding",
     "timeout_s",
     "max_failures",
+    "item_vectors",  # told apart by what they are, see identity()
+    "item_vectors_std",
 )
 
 
@@ -55,6 +58,14 @@ class TrainConfig(Config):
         "platt",
         description="of a ranker's probabilities, fitted on the validation days that chose the epoch; it "
         "changes no order",
+    )
+    item_vectors: str | None = Field(
+        None,
+        description="directory of a finished recall run on the same data, such as item2vec's: the model's "
+        "tables of items of the same dimension start from its item vectors",
+    )
+    item_vectors_std: float | None = Field(
+        None, gt=0, description="scales them to this root mean square; default: that of the table's own start"
     )
     optimizer: OptimizerConfig = OptimizerConfig()
     sharding: ShardingConfig = ShardingConfig()
@@ -111,9 +122,14 @@ class TrainConfig(Config):
         """What is learned and how, whatever computes it and wherever the data are; without what is not set.
 
         So a setting that a later version adds, and that is None unless set, leaves former runs what they are.
+        ConfigError where `item_vectors` is no finished run: what they hold is part of the identity.
         """
         values = self.model_dump(mode="json", exclude_none=True)
-        return {key: value for key, value in values.items() if key not in _NOT_IDENTITY}
+        learned = {key: value for key, value in values.items() if key not in _NOT_IDENTITY}
+        if self.item_vectors is not None:
+            found = pretrained.content(self.item_vectors)
+            learned["item_vectors"] = {"content": found, "std": self.item_vectors_std}
+        return learned
 
     def run_digest(self, data_digest: str) -> str:
         """Identity of the run: the same again, on the same data, is the same run, to be continued."""
@@ -126,16 +142,12 @@ class TrainConfig(Config):
     def check(self, prepared: Prepared) -> None:
         """ConfigError for settings that do not go together or do not fit the data."""
         _ = self.chosen_metric, self.rows_per_worker, self.inputs(prepared)
+        if self.item_vectors is not None:
+            pretrained.check(self.item_vectors, prepared)
         if self.task == "recall" and self.label is not None:
             raise ConfigError(
                 "label is for ranking models; recall learns the schema's recall_positive events"
             )
-
-
-def model_schema(model: ModelConfig, schema: Schema, label: str | None) -> Schema:
-    """The inputs of a model, with `label` (default: the schema's) as the one to rank by."""
-    labelled = Schema.parse({**schema.model_dump(), "ranking_label": label or schema.ranking_label})
-    return model_module(model.name).Model.inputs(labelled, model)
 
 
 def exact_div(dividend: int, divisor: int, name: str, by: str) -> int:

@@ -61,14 +61,15 @@ class ShardedModel:
 
     model       DistributedModelParallel; call it as the wrapped module
     optimizers  to step after each backward pass
+    tables      name of each table's weight -> its TorchRec config
     """
 
     def __init__(
-        self, model: DistributedModelParallel, optimizers: Optimizers, rules: Mapping[str, TableOptimizer]
+        self, model: DistributedModelParallel, optimizers: Optimizers, tables: Mapping[str, Any]
     ) -> None:
         self.model = model
         self.optimizers = optimizers
-        self._rules = rules
+        self.tables = tables
 
     def inner(self) -> Any:
         """The model as it was before `Loss` wrapped it; its lookups are collective."""
@@ -87,6 +88,16 @@ class ShardedModel:
             whole = weights[name]
             sums[name] = _placed_as(whole, local) if isinstance(whole, ShardedTensor) else local
         return sums
+
+    @torch.no_grad()
+    def set_known_rows(self, name: str, values: torch.Tensor) -> None:
+        """All rows but row 0 of the table whose weight is `name` become those of `values` [rows, dim].
+
+        Each worker sets those that live with it.
+        """
+        for tensor, (row, column), (height, width) in _pieces(self.weights()[name], self.tables[name]):
+            unknown = max(0, 1 - row)
+            tensor[unknown:].copy_(values[row + unknown : row + height, column : column + width])
 
     def plan(self) -> dict[str, dict[str, Any]]:
         """Table -> {"kind", "ranks"}."""
@@ -198,7 +209,7 @@ def shard(
         )
         _fill({n: w for n, w in parallel.state_dict().items() if n in tables}, tables, seed)
         parallel.init_data_parallel()
-    return ShardedModel(parallel, Optimizers(parallel.named_parameters(), rules, optimizer.dense), rules)
+    return ShardedModel(parallel, Optimizers(parallel.named_parameters(), rules, optimizer.dense), tables)
 
 
 def _connect(model: nn.Module) -> None:
@@ -327,17 +338,19 @@ def _keep_gradients(plan: ShardingPlan, tables: list[str]) -> None:
 def _fill(weights: Mapping[str, Any], tables: Mapping[str, Any], seed: int) -> None:
     for name, weight in weights.items():
         config = tables[name]
-        rows, dim = config.num_embeddings, config.embedding_dim
-        if isinstance(weight, ShardedTensor):
-            local = weight.local_shards()
-            pieces = [(s.tensor, s.metadata.shard_offsets, s.metadata.shard_sizes) for s in local]
-        else:
-            pieces = [(weight, [0, 0], [rows, dim])]
-        for tensor, (row, column), (height, width) in pieces:
+        for tensor, (row, column), (height, width) in _pieces(weight, config):
             for start, block in _blocks(config, seed, name, row, row + height):
                 first, last = max(row, start), min(row + height, start + len(block))
                 values = block[first - start : last - start, column : column + width]
                 tensor[first - row : last - row].copy_(values)
+
+
+def _pieces(weight: Any, config: Any) -> list[tuple[torch.Tensor, list[int], list[int]]]:
+    """What of a table lives here: values, first row and column, rows and columns."""
+    if isinstance(weight, ShardedTensor):
+        local = weight.local_shards()
+        return [(s.tensor, s.metadata.shard_offsets, s.metadata.shard_sizes) for s in local]
+    return [(weight, [0, 0], [config.num_embeddings, config.embedding_dim])]
 
 
 def _blocks(config: Any, seed: int, name: str, first: int, last: int) -> Iterator[tuple[int, torch.Tensor]]:

@@ -23,9 +23,10 @@ from recsys_dist import errors, session
 from recsys_dist.data.output import write_text
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import ConfigError, RecsysError, TrainError
+from recsys_dist.train.pretrained import RESULT
 from recsys_dist.train.progress import PROGRESS, read
 from recsys_dist.train.settings import TrainConfig
-from recsys_dist.train.worker import FAILURE, RESERVE, RESULT, train_worker
+from recsys_dist.train.worker import FAILURE, RESERVE, train_worker
 
 OnReport = Callable[[dict[str, Any]], None]
 _POLL_S = 0.3
@@ -88,7 +89,10 @@ def _train(cfg: TrainConfig, run: Path) -> None:
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # notices a lost worker sooner
     scratch = run / "ray"  # Ray Train's own files, of no use afterwards: we resume from our checkpoints
-    values = {**cfg.model_dump(mode="json"), "data": str(Path(cfg.data).absolute())}
+    paths = {
+        key: str(Path(path).absolute()) for key in ("data", "item_vectors") if (path := getattr(cfg, key))
+    }
+    values = {**cfg.model_dump(mode="json"), **paths}
     trainer = _Trainer(
         train_worker,
         train_loop_config={"config": values, "run": str(run)},

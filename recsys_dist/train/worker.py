@@ -29,16 +29,17 @@ from recsys_dist.models.calibration import Points
 from recsys_dist.models.protocol import Catalogue, model_module
 from recsys_dist.models.ranking import Ranker
 from recsys_dist.train import checkpoint as checkpoints
+from recsys_dist.train import pretrained
 from recsys_dist.train.calibrate import fit
 from recsys_dist.train.catalogue import catalogue_of, occurrences
 from recsys_dist.train.checkpoint import Checkpoint, Manifest
 from recsys_dist.train.loop import Epoch, Loss, Totals, Workers, idle_batch
+from recsys_dist.train.pretrained import RESULT
 from recsys_dist.train.progress import Progress, steps_per_point
 from recsys_dist.train.settings import TrainConfig
 from recsys_dist.train.sharding import ShardedModel, shard
 from recsys_dist.train.validate import item_vectors, ranked_rows, recall_users
 
-RESULT = "result.json"
 FAILURE = "failure.json"  # why training cannot go on: written by a worker, read by the driver
 RESERVE = "failure.reserve"  # gives way to FAILURE, so that a full disk can be told of
 
@@ -139,6 +140,9 @@ class Run:
         sharded = self._build(catalogue)
         if newest is not None:
             checkpoints.load(newest, sharded)
+        elif self.cfg.item_vectors is not None:
+            vectors_ID = pretrained.item_vectors(self.cfg.item_vectors, phase.name)
+            pretrained.start(sharded, self.schema, vectors_ID, self.cfg.item_vectors_std)
         self._calibrate(sharded.inner(), phase.calibration)
         manifest = newest.manifest if newest else self._manifest(phase)
         epochs = {e: shuffled(train, self.cfg.seed, e) for e in range(done + 1, phase.epochs + 1)}

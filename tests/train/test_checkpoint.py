@@ -8,8 +8,8 @@ import torch
 
 import recsys_dist.train.checkpoint as checkpoints
 from recsys_dist.errors import CheckpointError
+from recsys_dist.models import protocol
 from recsys_dist.models.protocol import Catalogue
-from recsys_dist.train import settings
 from recsys_dist.train.checkpoint import Manifest, latest_valid, load_for_inference, retain, verify
 from recsys_dist.train.loop import Epoch, Workers, idle_batch
 from recsys_dist.train.sharding import ShardingConfig, shard
@@ -126,7 +126,7 @@ def root(saved, tmp_path) -> Path:
 
 @pytest.mark.ranks
 def test_inference_needs_one_process(saved, monkeypatch):
-    for module in (checkpoints, settings):
+    for module in (checkpoints, protocol):
         monkeypatch.setattr(module, "model_module", lambda _: tiny)
     path = max(saved[0].iterdir())
     model, found = load_for_inference(path, tiny.schema())
@@ -191,7 +191,7 @@ def test_retain_keeps_what_it_is_told_to(root):
 
 @pytest.mark.ranks
 def test_another_schema_is_refused_by_its_difference(root, monkeypatch):
-    for module in (checkpoints, settings):
+    for module in (checkpoints, protocol):
         monkeypatch.setattr(module, "model_module", lambda _: tiny)
     grown = tiny.schema().fitted({"user": 50, "item": 41})
     with pytest.raises(CheckpointError, match=r"'item' changed: rows 40 -> 41.*'history' changed"):

@@ -130,7 +130,7 @@ def test_a_recall_model_is_validated_over_the_whole_catalogue_and_refitted(data,
 @pytest.mark.ray
 @pytest.mark.e2e
 def test_occurrences_are_counted_for_training_alone(data, tmp_path):
-    """An id is pulled by λ / n in each of the 14 steps that have it: to nothing, and by less without counts."""
+    """An id is pulled by λ / n in each of the 14 steps that have it: to nothing; by less without counts."""
     model = {"name": "din", "embedding_dim": 8, "hidden": [16], "regularisation": 40.0, "embedding_std": 1.0}
     cfg = config(data, model=model, optimizer={"deep": {"rule": "sgd", "lr": 0.5}}, epochs=1, refit=False)
     table = weights(trainer.fit(cfg, tmp_path).checkpoint)["behaviours.tables.embedding_bags.item.weight"]

@@ -72,6 +72,10 @@ class Segments:
         out: torch.Tensor = _Sum.apply(x, self)  # type: ignore[no-untyped-call]
         return out
 
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        """[V, H] → [B, H] the mean over each row's tokens; zeros for a row without any."""
+        return self.sum(x) / self.lengths_B.clamp(min=1)[:, None]
+
     def softmax(self, score_V: torch.Tensor) -> torch.Tensor:
         """[V] softmax over each row's tokens."""
         lowest = torch.finfo(score_V.dtype).min

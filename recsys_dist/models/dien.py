@@ -4,8 +4,8 @@
     a_t = softmax_t( h_t W e_a )                   how much of it the candidate concerns       (eq. 8)
     h'_t = AUGRU(h_t, h'_{t-1}, a_t)               update gate a_t u_t                         (eq. 14-15)
 
-The last h' goes to the tower beside candidate, other fields and floats. An auxiliary loss has each h_t tell
-the next behaviour from one that did not happen:
+The last h' goes to the tower beside candidate, other fields, floats and each history's mean. An auxiliary
+loss has each h_t tell the next behaviour from one that did not happen:
 
     L = L_target + alpha L_aux                                                                  (eq. 7)
     L_aux = - mean_t [ log sigmoid(h_t·e_{t+1}) + log(1 - sigmoid(h_t·ê_{t+1})) ]               (eq. 6)
@@ -43,6 +43,9 @@ class Config(HistoryConfig):
     name: Literal["dien"] = "dien"
     evolution: Evolution = Field(
         "augru", description="attention scales the update gate, is it (agru), or scales the input (aigru)"
+    )
+    pooled: bool = Field(
+        True, description="the mean of each history too, which the authors' code has and the paper does not"
     )
     auxiliary: float = Field(1.0, ge=0, description="alpha, weight of the auxiliary loss")
     negatives_seed: int = 0
@@ -110,7 +113,7 @@ class Model(Ranker):
         self.behaviours = Behaviours(schema, cfg, history_groups(schema, cfg), catalogue)
         widths = self.behaviours.widths
         self.interests = nn.ModuleList(Interest(width, cfg.evolution) for width in widths)
-        inputs = self.behaviours.fields_width + sum(widths) + len(schema.dense)
+        inputs = self.behaviours.fields_width + (1 + cfg.pooled) * sum(widths) + len(schema.dense)
         self.tower = cfg.tower(inputs, self.outputs)
 
     @staticmethod
@@ -138,6 +141,8 @@ class Model(Ranker):
         for history, interest in zip(histories, self.interests, strict=True):
             state_BE, state_VE = interest(history)
             states.append(state_BE)
+            if self.cfg.pooled:
+                states.append(history.segments.mean(history.behaviour_VE))
             if history.negative_VE is not None:
                 auxiliary_B = auxiliary_B + auxiliary_loss(state_VE, history)
         return self.tower(torch.cat([fields, *states, batch.dense], dim=1), batch.real), auxiliary_B

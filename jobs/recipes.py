@@ -13,6 +13,7 @@ from recsys_dist.train.settings import TrainConfig
 _PREPARED = "runs/data"  # where jobs.prepare's examples write
 
 _TOWERS = ("mlp", "deep_crossing", "dcn", "deepfm", "dlrm", "youtubednn_ranking")
+_PAIRS = ("fm", "deepfm")  # sums of products of embeddings: rates that suit a tower overshoot
 _ATTENTION = ("din", "dien", "dsin")
 RECIPES: dict[str, dict[str, Any]] = {
     "wide_deep": {
@@ -22,7 +23,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optimizer": {"deep": {"lr": 0.1}, "wide": {"lr": 0.03}},
     },
     **{
-        name: {"model": {"name": name}, "batch_rows": 1024, "epochs": 3, "optimizer": {"deep": {"lr": 0.1}}}
+        name: {
+            "model": {"name": name},
+            "batch_rows": 1024,
+            "epochs": 3,
+            "optimizer": {"deep": {"lr": 0.02 if name in _PAIRS else 0.1}},
+        }
         for name in ("lr", "fm", *_TOWERS)
     },
     **{

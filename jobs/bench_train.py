@@ -1,10 +1,14 @@
-"""Measures training: what a second worker gains, what loading costs, and what plain PyTorch does.
+"""Measures training: what a second worker gains, what loading costs, and what others do.
 
   python -m jobs.bench_train --json bench.json
+  python -m jobs.bench_train --models all --json models.json
 
 Wide & Deep on made-up rows, a global batch of 4,096, one thread per worker. In the same run, interleaved:
 loader-only (Ray Data and collate), step-only (batches made before), end-to-end (both), each with one and
 two workers, beside a plain PyTorch loop (nn.EmbeddingBag, torch optimizers) on tensors sliced before.
+
+With --models, instead: one worker's rows per second of each model, beside plain PyTorch, torch-rechub and
+deepctr-torch; see jobs/bench_models.py.
 """
 
 import argparse
@@ -24,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
+from jobs import bench_models
 from jobs.bench_workers import BENCH_SCHEMA, BenchWorker, free_port
 from jobs.command import reported
 from recsys_dist import session
@@ -37,11 +42,15 @@ LOADER_SHARE_AT_MOST = 0.1
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    session.connect()
-    with tempfile.TemporaryDirectory(prefix="bench-train-") as folder:
-        files = write_shards(Path(folder), args.steps * args.batch_rows, args.batch_rows * 8)
-        result = measure(files, args)
-    print(table(result))
+    if args.models:
+        result = bench_models.compare(args)
+        print(bench_models.table(result))
+    else:
+        session.connect()
+        with tempfile.TemporaryDirectory(prefix="bench-train-") as folder:
+            files = write_shards(Path(folder), args.steps * args.batch_rows, args.batch_rows * 8)
+            result = measure(files, args)
+        print(table(result))
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1))
 
@@ -53,13 +62,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
-    parser.add_argument(
-        "--steps", type=int, default=40, help="steps of one measurement (default: %(default)s)"
-    )
+    parser.add_argument("--steps", type=int, help="steps of one measurement (default: 40, with --models 8)")
     parser.add_argument("--repeats", type=int, default=5, help="of everything, interleaved")
     parser.add_argument("--batch-rows", type=int, default=4096, help="rows of a global batch")
     parser.add_argument("--towers", default=",".join(TOWERS), help="which of them (default: %(default)s)")
-    return parser.parse_args(argv)
+    parser.add_argument("--models", metavar="NAMES", help="'all', or models with commas between")
+    parser.add_argument("--threads", type=int, default=2, help="of each process, with --models")
+    parser.add_argument(
+        "--environments", metavar="DIR", default="runs/bench", help="where --models installs the libraries"
+    )
+    args = parser.parse_args(argv)
+    args.steps = args.steps or (8 if args.models else 40)
+    return args
 
 
 def write_shards(folder: Path, rows: int, shard_rows: int) -> list[tuple[str, int]]:

@@ -111,47 +111,43 @@ def popularity_scores(positives_I: np.ndarray) -> np.ndarray:
     return scores
 
 
-@dataclass
-class ItemCosine:
-    """Item-to-item cosine over who was shown what: cos(i, j) = |users of both| / √(users of i · users of j).
+def nearest_items(
+    shown_UI: sp.csr_matrix, items: np.ndarray, most: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The `most` items most like each of `items`: item [P], other [P], float32 cosine [P]; ties by table row.
 
-    (Sarwar et al. 2001, WWW, on binary data.) Dense: 4·I² bytes.
+        cos(i, j) = |users of both| / √(users of i · users of j)       (Sarwar et al. 2001, WWW, binary data)
+
+    `shown_UI` is what `incidence` gives. Counts are exact; an item is not among those that are like itself.
     """
-
-    together: np.ndarray  # [I, I] float32 users shown both
-
-    @classmethod
-    def empty(cls, item_rows: int) -> Self:
-        return cls(np.zeros((item_rows, item_rows), np.float32))
-
-    def add(self, users: np.ndarray, items: np.ndarray) -> None:
-        """Count (user code, item row) pairs [P] in any number; all pairs of a user must come in one call."""
-        shown = _incidence(users, items, self.together.shape[0])
-        both = (shown.T @ shown).tocoo()
-        self.together[both.row, both.col] += both.data
-
-    def similarity(self) -> np.ndarray:
-        """[I, I] float32 cosine, 0 of an item with itself and with the unknown one. Uses up the counts."""
-        norm = np.sqrt(np.maximum(np.diag(self.together), 1.0))
-        cosine = self.together
-        cosine /= norm[:, None]
-        cosine /= norm[None, :]
-        np.fill_diagonal(cosine, 0.0)
-        cosine[0, :] = cosine[:, 0] = 0.0
-        return cosine
+    users_I = shown_UI.getnnz(axis=0)
+    together = (shown_UI.T.tocsr()[items] @ shown_UI).tocsr()
+    together.sort_indices()
+    at, other = np.repeat(np.arange(len(items)), np.diff(together.indptr)), together.indices
+    item = items[at]
+    cosine = together.data / np.sqrt(users_I[item] * users_I[other].astype(np.float64))
+    cosine[item == other] = 0.0
+    best = np.lexsort((-cosine, at))
+    best = best[(np.arange(len(best)) - together.indptr[at] < most) & (cosine[best] > 0)]
+    return item[best], other[best], cosine[best].astype(np.float32)
 
 
-def history_scores(offsets: np.ndarray, items: np.ndarray, similarity: np.ndarray) -> np.ndarray:
-    """[U, I] Σ over each user's items of their similarity; CSR: user u has items[offsets[u]:offsets[u+1]]."""
+def history_scores(
+    offsets: np.ndarray, items: np.ndarray, similarity: sp.csr_matrix | np.ndarray
+) -> np.ndarray:
+    """[U, I] Σ over each user's items of their row; CSR: user u has items[offsets[u]:offsets[u+1]].
+
+    A user's unknown items (row 0) say nothing where nothing is like them, in row 0 of `similarity`.
+    """
     users = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    return _incidence(users, items, similarity.shape[0], len(offsets) - 1) @ similarity
+    scores = incidence(users, items, len(offsets) - 1, similarity.shape[0]).astype(np.float32) @ similarity
+    return scores.toarray() if sp.issparse(scores) else scores
 
 
-def _incidence(users: np.ndarray, items: np.ndarray, item_rows: int, user_rows: int = 0) -> sp.csr_matrix:
-    """[U, I] float32, 1 where a user has an item, however often the pair is listed."""
-    user_rows = user_rows or (int(users.max()) + 1 if len(users) else 0)
+def incidence(users: np.ndarray, items: np.ndarray, user_rows: int, item_rows: int) -> sp.csr_matrix:
+    """[U, I] int32, 1 where a user has an item, however often the pair is listed."""
     pairs = np.unique(users.astype(np.int64) * item_rows + items)
-    ones = np.ones(len(pairs), np.float32)
+    ones = np.ones(len(pairs), np.int32)
     return sp.csr_matrix((ones, (pairs // item_rows, pairs % item_rows)), shape=(user_rows, item_rows))
 
 

@@ -1,14 +1,18 @@
 """Baselines against hand-computed numbers and dense linear algebra."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+import scipy.sparse as sp
 
 from recsys_dist.baselines import (
-    ItemCosine,
     LabelCounts,
     TargetEncoding,
     encoded_columns,
     history_scores,
+    incidence,
+    nearest_items,
     popularity_scores,
 )
 from recsys_dist.config import rng_for
@@ -68,21 +72,42 @@ def test_popularity_has_no_ties() -> None:
     assert len(np.unique(scores)) == 4
 
 
-def test_item_cosine_is_the_cosine_of_binary_columns() -> None:
-    rng = rng_for(1, "cosine")
-    shown = rng.random((30, 12)) < 0.3
+def shown_to(users: int, items: int) -> np.ndarray:
+    shown = rng_for(1, "cosine").random((users, items)) < 0.3
     shown[:, 0] = False
-    cosine = ItemCosine.empty(12)
-    for users in np.array_split(np.arange(30), 4):
-        at, items = np.nonzero(shown[users])
-        cosine.add(np.r_[at, at[:2]], np.r_[items, items[:2]])  # a pair listed twice is one pair
+    return shown
+
+
+def cosine_of(shown: np.ndarray) -> np.ndarray:
     columns = shown.astype(float)
-    norm = np.maximum(np.linalg.norm(columns, axis=0), 1)
-    expected = columns.T @ columns / np.outer(norm, norm)
-    np.fill_diagonal(expected, 0)
-    similarity = cosine.similarity()
-    np.testing.assert_allclose(similarity, expected, atol=1e-6)
+    users = np.maximum(columns.sum(axis=0), 1)
+    cosine = columns.T @ columns / np.sqrt(np.outer(users, users))
+    np.fill_diagonal(cosine, 0)
+    return cosine
+
+
+@pytest.mark.parametrize("most", [1, 4, 12])
+def test_nearest_items_are_those_of_the_largest_cosine(most: int) -> None:
+    shown = shown_to(30, 12)
+    at, items = np.nonzero(shown)
+    expected = cosine_of(shown)
+    found = incidence(np.r_[at, at[:2]], np.r_[items, items[:2]], 30, 12)  # a pair listed twice is one pair
+    for some in (np.arange(0, 12, 2), np.arange(1, 12, 2)):
+        item, other, cosine = nearest_items(found, some, most)
+        assert np.isin(item, some).all()
+        np.testing.assert_allclose(cosine, expected[item, other], rtol=1e-6)
+        for one in some:  # the best, ties by row
+            ranked = np.argsort(-expected[one], kind="stable")[:most]
+            assert other[item == one].tolist() == [row for row in ranked if expected[one, row] > 0]
+
+
+@pytest.mark.parametrize("form", [np.asarray, sp.csr_matrix])
+def test_history_scores_sum_the_similarities(
+    form: Callable[[np.ndarray], np.ndarray | sp.csr_matrix],
+) -> None:
+    shown = shown_to(30, 12)
+    cosine = cosine_of(shown).astype(np.float32)
     offsets = np.r_[0, np.cumsum(shown.sum(axis=1))]
-    scores = history_scores(offsets, np.nonzero(shown)[1], similarity)
-    np.testing.assert_allclose(scores, columns @ expected, atol=1e-5)
-    assert history_scores(np.array([0, 0]), np.empty(0, int), similarity).tolist() == [[0.0] * 12]
+    scores = history_scores(offsets, np.nonzero(shown)[1], form(cosine))
+    np.testing.assert_allclose(scores, shown @ cosine.astype(float), atol=1e-5)
+    assert history_scores(np.array([0, 0]), np.empty(0, int), form(cosine)).tolist() == [[0.0] * 12]

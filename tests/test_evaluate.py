@@ -1,7 +1,7 @@
 """Evaluations of a small prepared data set made by hand, against brute force over the same files."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
+import scipy.sparse as sp
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import nn
@@ -20,12 +22,13 @@ from recsys_dist.config import rng_for
 from recsys_dist.data.prepared import Manifest, Prepared
 from recsys_dist.errors import DataError
 from recsys_dist.evaluate import EvaluateConfig, Trained, evaluate_ranking, evaluate_recall, write_json
+from recsys_dist.evaluate.item_cosine import similarity
 from recsys_dist.outbox import Recorder
 from recsys_dist.schema import Schema
 from recsys_dist.tracking import TrackingConfig, open_run
 
 USERS, ITEMS = 25, 15  # of which user 0 and item 0 are unknown
-CFG = EvaluateConfig(batch_rows=16, ks=(1, 3, 10), bootstrap=20)
+CFG = EvaluateConfig(batch_rows=16, ks=(1, 3, 10), bootstrap=20, item_pairs=0)
 
 SCHEMA = Schema.parse(
     {
@@ -124,7 +127,7 @@ def prepared(tmp_path: Path) -> Prepared:
     for day, bucket in ((1, 0), (1, 1), (2, 0), (9, 0)):
         shown = examples(f"events {day} {bucket}", 80).filter(pa.array(np.arange(80) % 3 != bucket))
         users = pa.array([f"{u}-{bucket}" for u in shown["user_id"].to_pylist()])
-        file = tmp_path / f"events/date=2024-03-0{day}/bucket-{bucket}.parquet"
+        file = tmp_path / f"events/date=2024-03-0{day}/bucket-{bucket:05d}.parquet"
         file.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"user_id": users, "item_id": shown["item_id"]}), file)
     manifest = {
@@ -240,36 +243,46 @@ def test_recall_beside_baselines(prepared: Prepared, k: int) -> None:
         assert recall == pytest.approx(brute_recall(taste[1:21], k, mask))
         recall = result["popularity"][variant][f"recall@{k}"]
         assert recall == pytest.approx(brute_recall(popular, k, mask))
-    assert result["users"] == 20 and result["skipped"] == {}
+    assert result["users"] == 20 and result["skipped"] == {"item_cosine": "item_pairs=0 for 15 items"}
     low, high = result["model_minus_popularity"][f"recall@{k}"]
     model, popularity = (result[name]["unseen"][f"recall@{k}"] for name in ("model", "popularity"))
     assert low <= model - popularity <= high
 
 
+@pytest.fixture
+def cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("cluster")
 def test_item_cosine_uses_the_exposures_before_the_split(prepared: Prepared) -> None:
     shown = np.zeros((200, ITEMS))
     codes: dict[str, int] = {}
     for day, bucket in ((1, 0), (1, 1), (2, 0)):  # day 9 is a test day
         events = pq.read_table(
-            prepared.path / f"events/date=2024-03-0{day}/bucket-{bucket}.parquet", partitioning=None
+            prepared.path / f"events/date=2024-03-0{day}/bucket-{bucket:05d}.parquet", partitioning=None
         )
         for user, item in zip(*[events[c].to_pylist() for c in ("user_id", "item_id")], strict=True):
             shown[codes.setdefault(user, len(codes)), int(item[1:])] = 1
     shown[:, 0] = 0
-    norm = np.maximum(np.linalg.norm(shown, axis=0), 1)
-    cosine = shown.T @ shown / np.outer(norm, norm)
+    users = np.maximum(shown.sum(axis=0), 1)
+    cosine = shown.T @ shown / np.sqrt(np.outer(users, users))
     np.fill_diagonal(cosine, 0)
     scores = np.array([cosine[seen].sum(axis=0) for seen in states("test")["seen"].to_pylist()])
-    result = evaluate_recall(prepared, Trained(ByTable(np.zeros((USERS, ITEMS))), SCHEMA), CFG)
+    few = similarity(prepared, "test", most=3)
+    assert sp.issparse(few)
+    strongest = np.argsort(-cosine, axis=0, kind="stable")[:3]
+    expected = np.zeros_like(cosine)
+    np.put_along_axis(expected, strongest, np.take_along_axis(cosine, strongest, 0), 0)
+    np.testing.assert_allclose(few.toarray(), expected, rtol=1e-6)
+    cfg = CFG.override([f"item_pairs={ITEMS * ITEMS}"])
+    result = evaluate_recall(prepared, Trained(ByTable(np.zeros((USERS, ITEMS))), SCHEMA), cfg)
+    assert result["skipped"] == {}
     for k in (1, 3):
         assert result["item_cosine"]["unseen"][f"recall@{k}"] == pytest.approx(brute_recall(scores, k, True))
-
-
-def test_a_large_catalogue_skips_item_cosine_and_says_so(prepared: Prepared) -> None:
-    cfg = CFG.override(["item_cosine_max_items=3"])
-    result = evaluate_recall(prepared, Trained(ByTable(np.zeros((USERS, ITEMS))), SCHEMA), cfg)
-    assert "item_cosine" not in result
-    assert result["skipped"] == {"item_cosine": "15 items, over item_cosine_max_items=3"}
 
 
 def test_lists_longer_than_the_catalogue_end_in_nothing(prepared: Prepared) -> None:
@@ -296,14 +309,13 @@ def test_tables_show_every_scorer(prepared: Prepared) -> None:
     table = ranking_table(evaluate_ranking(prepared, Trained(ByAge(), SCHEMA), CFG))
     for shown in ("click on test days: 100 exposures", "model", "target encoding", "best reachable", "AUC"):
         assert shown in table
-    cfg = CFG.override(["item_cosine_max_items=3"])
     taste = np.zeros((USERS, ITEMS))
-    table = recall_table(evaluate_recall(prepared, Trained(ByTable(taste), SCHEMA), cfg), cfg.ks)
+    table = recall_table(evaluate_recall(prepared, Trained(ByTable(taste), SCHEMA), CFG), CFG.ks)
     for shown in (
         "20 users",
         "recall@10",
         "popularity",
-        "item-to-item cosine skipped: 15 items",
+        "item-to-item cosine skipped: item_pairs=0 for 15 items",
         "all items",
     ):
         assert shown in table

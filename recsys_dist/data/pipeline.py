@@ -168,7 +168,7 @@ def _write_events(cfg: PrepareConfig, source: Source, schema: Schema, path: Path
 
 
 def _count(path: Path, buckets: list[int], schema: Schema, split: Split) -> Counts:
-    rows = _each(buckets, lambda bucket: stages.count_bucket(path, bucket, schema, split))
+    rows = each(buckets, lambda bucket: stages.count_bucket(path, bucket, schema, split))
     return stages.merge_counts(list(_watched(rows.iter_rows(), "counting values", None)))
 
 
@@ -225,7 +225,7 @@ def _build(
         yield pa.Table.from_pylist(list(stages.write_shards(table, path, shards)))
 
     total = sum(shards.values())
-    written = _each(buckets, build).repartition(total, keys=[stages.SHARD])
+    written = each(buckets, build).repartition(total, keys=[stages.SHARD])
     rows = written.map_batches(write, batch_format="pyarrow", batch_size=None).iter_rows()
     made = sorted(_watched(rows, "building examples", None), key=lambda row: row["file"])
     sets = {
@@ -242,8 +242,8 @@ def _build(
     return sets
 
 
-def _each(buckets: list[int], make: Callable[[int], pa.Table]) -> "ray.data.Dataset":
-    """A task per bucket."""
+def each(buckets: list[int], make: Callable[[int], pa.Table]) -> "ray.data.Dataset":
+    """A task of the cluster for each bucket, or whatever the numbers are of."""
 
     def run(batch: dict[str, Any]) -> Iterator[pa.Table]:
         for bucket in batch["item"]:

@@ -5,19 +5,19 @@ U users, I rows of the item table, K longest cut
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import scipy.sparse as sp
 import torch
 
-from recsys_dist.baselines import ItemCosine, history_scores, popularity_scores
+from recsys_dist.baselines import history_scores, popularity_scores
 from recsys_dist.data.collate import collate
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import DataError
+from recsys_dist.evaluate.item_cosine import similarity
 from recsys_dist.evaluate.ranking import item_positives
 from recsys_dist.evaluate.trained import EvaluateConfig, Trained
 from recsys_dist.metrics import RetrievalState, intervals, retrieval_replicates
@@ -30,7 +30,7 @@ _BLOCK_SCORES = 1 << 23  # users are ranked in blocks of about this many scores 
 def evaluate_recall(prepared: Prepared, trained: Trained, cfg: EvaluateConfig) -> dict[str, Any]:
     """Rank the catalogue for the users of `users/<split>` and count what they went on to want.
 
-    Returns split, users, pairs, and for each of `model`, `popularity` and (small catalogues)
+    Returns split, users, pairs, and for each of `model`, `popularity` and
     `item_cosine` the metrics of RetrievalState with 95 % `intervals`, twice: `unseen` leaves out items
     the user was shown before the split, `all` does not. `model_minus_popularity` has the intervals of
     the difference among unseen items. `skipped` says which baseline was not computed, and why.
@@ -42,11 +42,10 @@ def evaluate_recall(prepared: Prepared, trained: Trained, cfg: EvaluateConfig) -
         "popularity": lambda users: popular.repeat(len(users), 1),
     }
     result: dict[str, Any] = {"split": cfg.split, "skipped": {}}
-    if len(positives_I) <= cfg.item_cosine_max_items:
-        scorers["item_cosine"] = partial(_by_cosine, _similarity(prepared, cfg), popular)
+    if most := cfg.item_pairs // len(positives_I):
+        scorers["item_cosine"] = partial(_by_cosine, similarity(prepared, cfg.split, most), popular)
     else:
-        limit = f"{len(positives_I)} items, over item_cosine_max_items={cfg.item_cosine_max_items}"
-        result["skipped"]["item_cosine"] = limit
+        result["skipped"]["item_cosine"] = f"item_pairs={cfg.item_pairs} for {len(positives_I)} items"
     drawn = {}
     for name, score in scorers.items():
         states = _states(prepared, score, cfg, len(positives_I))
@@ -92,24 +91,6 @@ def _by_model(trained: Trained, item_ID: torch.Tensor, users: pa.Table) -> torch
         return trained.model(collate(users, trained.schema)) @ item_ID.T
 
 
-def _by_cosine(similarity: np.ndarray, popular: torch.Tensor, users: pa.Table) -> torch.Tensor:
-    scores = torch.from_numpy(history_scores(*csr(users["seen"]), similarity)).double()
+def _by_cosine(similar: sp.csr_matrix | np.ndarray, popular: torch.Tensor, users: pa.Table) -> torch.Tensor:
+    scores = torch.from_numpy(history_scores(*csr(users["seen"]), similar)).double()
     return scores + 1e-9 * popular / len(popular)  # items like nothing seen come by popularity
-
-
-def _similarity(prepared: Prepared, cfg: EvaluateConfig) -> np.ndarray:
-    """Item-to-item cosine over all exposures before the split, history rows included."""
-    row_of = prepared.items["item_id"].combine_chunks()
-    cosine = ItemCosine.empty(len(row_of) + 1)
-    first = prepared.manifest.config["split"][f"{cfg.split}_from"]
-    by_bucket: dict[str, list[Path]] = {}
-    for file in (prepared.path / "events").glob("date=*/*.parquet"):
-        if file.parent.name < f"date={first}":
-            by_bucket.setdefault(file.name, []).append(file)  # a user's events all lie in one bucket
-    for files in by_bucket.values():
-        tables = [pq.read_table(f, columns=["user_id", "item_id"], partitioning=None) for f in files]
-        events = pa.concat_tables(tables)
-        users = events["user_id"].combine_chunks().dictionary_encode().indices.to_numpy()
-        rows = pc.fill_null(pc.index_in(events["item_id"], value_set=row_of), -1).to_numpy() + 1
-        cosine.add(users, rows)
-    return cosine.similarity()

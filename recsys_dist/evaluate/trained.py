@@ -34,10 +34,11 @@ class EvaluateConfig(Config):
         None, description="id features of the target encoding; None takes ids and categorical context"
     )
     smoothing: float = Field(20.0, gt=0, description="rows of prior in the target encoding's rates")
-    item_cosine_max_items: int = Field(
-        10_000,
+    item_pairs: int = Field(
+        100_000_000,
         ge=0,
-        description="largest catalogue for the item-to-item baseline (4 bytes per pair of items)",
+        description="pairs of similar items that the item-to-item baseline keeps (4 to 8 bytes each): all "
+        "of up to 10,000 items, else equally many of each item; 0 leaves it out",
     )
 
 

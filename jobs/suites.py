@@ -258,8 +258,11 @@ SUITES: dict[str, Suite] = {
         title="Gowalla, check-ins, split of BARS Gowalla_m1, training items left out",
         data=Data("gowalla", "gowalla", "gowalla"),
         metrics=("user_recall@20", "ndcg@20"),
-        rows=_RECALL,
-        settings=("metric=user_recall@20", "epochs=10", "patience=2"),
+        rows=(
+            Row("YoutubeDNN", "youtubednn", ("model.temperature=0.1",)),
+            *(row for row in _RECALL if row.name != "YoutubeDNN"),
+        ),
+        settings=("metric=user_recall@20", "epochs=15", "patience=2"),
         ks=(20, 50),
         published={
             "SimpleX": (0.1872, 0.1557),
@@ -280,7 +283,7 @@ SUITES: dict[str, Suite] = {
         metrics=("recall@10", "ndcg@10"),
         rows=(
             *(row for row in _RECALL if row.name != "SASRec"),
-            Row("SASRec", "sasrec", ("model.dim=128", "model.dropout=0.3", "epochs=50", "patience=5")),
+            Row("SASRec", "sasrec", ("model.dim=128", "model.dropout=0.3", "epochs=60", "patience=10")),
         ),
         settings=("refit=false", "metric=ndcg@10", "epochs=20", "patience=3"),
         ks=(10, 20),

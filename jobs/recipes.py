@@ -14,7 +14,7 @@ _PREPARED = "runs/data"  # where jobs.prepare's examples write
 
 _TOWERS = ("mlp", "deep_crossing", "dcn", "deepfm", "dlrm", "youtubednn_ranking")
 _PAIRS = ("fm", "deepfm")  # sums of products of embeddings: rates that suit a tower overshoot
-_ATTENTION = ("din", "dien", "dsin")
+_ATTENTION = ("din", "dsin")
 RECIPES: dict[str, dict[str, Any]] = {
     "wide_deep": {
         "model": {"name": "wide_deep"},
@@ -39,6 +39,12 @@ RECIPES: dict[str, dict[str, Any]] = {
             "optimizer": {"deep": {"lr": 0.02}},
         }
         for name in _ATTENTION
+    },
+    "dien": {
+        "model": {"name": "dien", "dropout": 0.3, "auxiliary": 0.01},
+        "batch_rows": 1024,
+        "epochs": 3,
+        "optimizer": {"deep": {"lr": 0.02}},
     },
     "youtubednn": {"model": {"name": "youtubednn"}, "batch_rows": 2048, "epochs": 2},
     "two_tower": {
@@ -88,7 +94,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "dcn": _CROSS,
     "din": {"model.softmax": {"choice": [False, True]}, "model.unit_hidden": {"choice": [[36], [80, 40]]}},
     "dien": {
-        "model.auxiliary": {"log": [0.01, 1.0]},
+        "model.auxiliary": {"log": [0.001, 1.0]},
         "model.evolution": {"choice": ["augru", "agru", "aigru"]},
     },
     "dsin": {"model.heads": {"choice": [1, 2, 4]}, "model.feed_forward": {"choice": [32, 64, 128]}},
@@ -97,7 +103,7 @@ _DICE = {"model.activation": {"choice": ["dice", "relu", "prelu"]}}
 SPACES: dict[str, dict[str, Any]] = {
     "wide_deep": {**_TOWER, **_LINEAR, **_ANY},
     **{name: {**_TOWER, **_OWN.get(name, {}), **_ANY} for name in _TOWERS},
-    **{name: {**_TOWER, **_OWN[name], **_ANY, **_DICE} for name in _ATTENTION},
+    **{name: {**_TOWER, **_OWN[name], **_ANY, **_DICE} for name in (*_ATTENTION, "dien")},
     "lr": {**_LINEAR, "optimizer.dense.lr": _ANY["optimizer.dense.lr"]},
     "fm": {
         "model.embedding_dim": _TOWER["model.embedding_dim"],

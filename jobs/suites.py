@@ -262,10 +262,10 @@ SUITES: dict[str, Suite] = {
         data=Data("gowalla", "gowalla", "gowalla"),
         metrics=("user_recall@20", "ndcg@20"),
         rows=(
-            Row("YoutubeDNN", "youtubednn", ("model.temperature=0.1",)),
+            Row("YoutubeDNN", "youtubednn", ("model.temperature=0.1", "model.hidden=[]")),
             *(row for row in _RECALL if row.name != "YoutubeDNN"),
         ),
-        settings=("metric=user_recall@20", "epochs=15", "patience=2"),
+        settings=("metric=user_recall@20", "epochs=30", "patience=2"),
         ks=(20, 50),
         published={
             "SimpleX": (0.1872, 0.1557),

@@ -140,7 +140,7 @@ def _train(cfg: TrainConfig, root: Path) -> Path:
 
 def evaluations(prepared: Prepared, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]]:
     """Both models on the test days, as `jobs` evaluate them."""
-    cfg = EvaluateConfig(bootstrap=2)
+    cfg = EvaluateConfig(bootstrap=2, item_pairs=0)  # without Ray
     return {
         "recall": evaluate_recall(prepared, load_trained(checkpoints["recall"], prepared), cfg),
         "ranking": evaluate_ranking(prepared, load_trained(checkpoints["ranking"], prepared), cfg),

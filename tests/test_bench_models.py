@@ -18,7 +18,7 @@ from recsys_dist.train.sharding import materialise
 ROWS = rows.made_up(64)
 
 
-def test_rows_are_what_the_issue_asks_for() -> None:
+def test_histories_are_as_long_as_the_module_says() -> None:
     many = rows.made_up(4000)
     assert many["length"].mean() == pytest.approx(20, abs=0.5) and 40 < many["length"].max() <= 50
     assert (many["ids"] >= 1).all() and (many["ids"].max(0) < list(rows.TABLES.values())).all()

@@ -109,6 +109,16 @@ _DECAYED = (  # 202,027 rows are few: without it the tables fit them by heart
     "optimizer.wide.lr=0.02",
     "optimizer.wide.weight_decay=0.0001",
 )
+_SHALLOW = {  # without a tower they need larger weights
+    "LR": ("optimizer.wide.lr=0.2", "optimizer.wide.weight_decay=0.00001", "epochs=60"),
+    "FM": (
+        "optimizer.wide.lr=0.2",
+        "optimizer.wide.weight_decay=0.00001",
+        "optimizer.deep.lr=0.1",
+        "optimizer.deep.weight_decay=0.00001",
+        "epochs=40",
+    ),
+}
 _RECHORUS = ("model.embedding_dim=64", "model.hidden=[64]")
 
 
@@ -203,7 +213,9 @@ SUITES: dict[str, Suite] = {
         title="Frappe, app usage in context, split of BARS Frappe_x1",
         data=Data("frappe", "frappe", "frappe"),
         metrics=("auc",),
-        rows=_rankers(_BARS),
+        rows=tuple(
+            replace(row, settings=(*row.settings, *_SHALLOW.get(row.name, ()))) for row in _rankers(_BARS)
+        ),
         settings=("refit=false", "epochs=20", "patience=2", "batch_rows=4096", *_DECAYED),
         published=_FRAPPE,
         goals=(

@@ -20,7 +20,7 @@ def text(manifest: Manifest, predicts: str | None, calibrated: bool) -> str:
     """Markdown. `predicts` is the amount that the ranker expects; None: its label's probability."""
     data, labels = manifest.data, manifest.labels
     by = f"expected `{predicts}`" if predicts else f"predicted probability of `{labels['ranking'][0]}`"
-    on_days = f", calibrated on the days from {data.valid_from} to {data.test_from}" if calibrated else ""
+    on_days = f", calibrated on the days from {data.valid_from} on, before {data.test_from}"
     return f"""# Model card: recommender bundle {manifest.version}
 
 Made {manifest.created} by recsys_dist at git commit {manifest.git_commit}.
@@ -29,7 +29,7 @@ Made {manifest.created} by recsys_dist at git commit {manifest.git_commit}.
 
 Two models that answer together: `{manifest.models["recall"]["name"]}` finds candidates among
 {manifest.index.items:,} items, `{manifest.models["ranking"]["name"]}` orders them by the
-{by}{on_days}.
+{by}{on_days if calibrated else ""}.
 With them: vocabularies, statistics, the index, popular items and the newest events of each user.
 
 ## Data

@@ -93,7 +93,7 @@ def test_the_manifest_says_where_it_comes_from(bundle: Bundle, pair: Pair) -> No
     assert facts.version in written and f"{facts.metrics['ranking']['model']['auc']:.4f}" in written
     assert "by the\npredicted probability of `click`.\n" in written
     assert "by the\nexpected `watch_ms`.\n" in card.text(facts, "watch_ms", calibrated=False)
-    days = "from 2024-03-07 to 2024-03-08"
+    days = "from 2024-03-07 on, before 2024-03-08"
     assert f"`click`, calibrated on the days {days}.\n" in card.text(facts, None, calibrated=True)
     assert facts.index.recall_at_200 == 1 and isinstance(bundle.index, Exact)
 

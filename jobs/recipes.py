@@ -14,7 +14,7 @@ _PREPARED = "runs/data"  # where jobs.prepare's examples write
 
 _TOWERS = ("mlp", "deep_crossing", "dcn", "deepfm", "dlrm", "youtubednn_ranking")
 _PAIRS = ("fm", "deepfm")  # sums of products of embeddings: rates that suit a tower overshoot
-_ATTENTION = ("din", "dsin")
+_ATTENTION: dict[str, dict[str, Any]] = {"din": {}, "dien": {"auxiliary": 0.01}, "dsin": {}}
 RECIPES: dict[str, dict[str, Any]] = {
     "wide_deep": {
         "model": {"name": "wide_deep"},
@@ -33,18 +33,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     **{
         name: {
-            "model": {"name": name, "dropout": 0.3},
+            "model": {"name": name, "dropout": 0.3, **own},
             "batch_rows": 1024,
             "epochs": 3,
             "optimizer": {"deep": {"lr": 0.02}},
         }
-        for name in _ATTENTION
-    },
-    "dien": {
-        "model": {"name": "dien", "dropout": 0.3, "auxiliary": 0.01},
-        "batch_rows": 1024,
-        "epochs": 3,
-        "optimizer": {"deep": {"lr": 0.02}},
+        for name, own in _ATTENTION.items()
     },
     "youtubednn": {"model": {"name": "youtubednn"}, "batch_rows": 2048, "epochs": 2},
     "two_tower": {
@@ -103,7 +97,7 @@ _DICE = {"model.activation": {"choice": ["dice", "relu", "prelu"]}}
 SPACES: dict[str, dict[str, Any]] = {
     "wide_deep": {**_TOWER, **_LINEAR, **_ANY},
     **{name: {**_TOWER, **_OWN.get(name, {}), **_ANY} for name in _TOWERS},
-    **{name: {**_TOWER, **_OWN[name], **_ANY, **_DICE} for name in (*_ATTENTION, "dien")},
+    **{name: {**_TOWER, **_OWN[name], **_ANY, **_DICE} for name in _ATTENTION},
     "lr": {**_LINEAR, "optimizer.dense.lr": _ANY["optimizer.dense.lr"]},
     "fm": {
         "model.embedding_dim": _TOWER["model.embedding_dim"],

@@ -109,7 +109,9 @@ _DECAYED = (  # 202,027 rows are few: without it the tables fit them by heart
     "optimizer.wide.lr=0.02",
     "optimizer.wide.weight_decay=0.0001",
 )
-_SHALLOW = {  # without a tower they need larger weights
+_FRAPPE_OWN = {
+    "DLRM": ("model.interaction=cat",),  # as BARS' row has it; without floats dots leave out the fields
+    # without a tower they need larger weights
     "LR": ("optimizer.wide.lr=0.2", "optimizer.wide.weight_decay=0.00001", "epochs=60"),
     "FM": (
         "optimizer.wide.lr=0.2",
@@ -213,8 +215,12 @@ SUITES: dict[str, Suite] = {
         title="Frappe, app usage in context, split of BARS Frappe_x1",
         data=Data("frappe", "frappe", "frappe"),
         metrics=("auc",),
-        rows=tuple(
-            replace(row, settings=(*row.settings, *_SHALLOW.get(row.name, ()))) for row in _rankers(_BARS)
+        rows=(
+            *(
+                replace(row, settings=(*row.settings, *_FRAPPE_OWN.get(row.name, ())))
+                for row in _rankers(_BARS)
+            ),
+            Row("DLRM, dots", "dlrm", _BARS),
         ),
         settings=("refit=false", "epochs=20", "patience=2", "batch_rows=4096", *_DECAYED),
         published=_FRAPPE,

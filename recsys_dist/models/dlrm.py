@@ -2,6 +2,8 @@
 
     z = top( [d, <f_i, f_j> for i < j] ),  f = (d, embedded fields),  d = bottom(floats)
 
+`interaction=cat` is the authors' code's other one (`--arch-interaction-op`): the vectors f themselves.
+
 B rows, F fields of ids, D embedding dimension, T tasks
 """
 
@@ -22,6 +24,7 @@ class Config(TowerConfig):
 
     name: Literal["dlrm"] = "dlrm"
     bottom: tuple[int, ...] = Field((64,), description="widths of the bottom MLP before its last, of D")
+    interaction: Literal["dot", "cat"] = "dot"
     embedding_std: float = Field(0.1, ge=0, description="dots of N(0, .01²) vectors would begin at nothing")
 
 
@@ -37,7 +40,9 @@ class Model(Ranker):
         vectors = len(self.fields.names) + (floats > 0)
         self.register_buffer("pairs", torch.triu_indices(vectors, vectors, offset=1), persistent=False)
         self.pairs: torch.Tensor  # [2, pairs] i < j
-        self.top = cfg.tower(self.pairs.shape[1] + cfg.embedding_dim * (floats > 0), self.outputs)
+        self.dots = cfg.interaction == "dot"
+        inputs = self.pairs.shape[1] + cfg.embedding_dim * (floats > 0)
+        self.top = cfg.tower(inputs if self.dots else vectors * cfg.embedding_dim, self.outputs)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """[B, T]"""
@@ -46,6 +51,8 @@ class Model(Ranker):
         if self.bottom is not None:
             floats_BD = self.bottom(batch.dense)
             vectors, direct = torch.cat([floats_BD[:, None], vectors], dim=1), [floats_BD]
+        if not self.dots:
+            return self.top(vectors.flatten(1), batch.real)
         dots = vectors @ vectors.transpose(1, 2)  # [B, F + 1, F + 1]
         first, second = self.pairs
         return self.top(torch.cat([*direct, dots[:, first, second]], dim=1), batch.real)

@@ -84,6 +84,13 @@ class OptimizerConfig(Config):
     dense: DenseOptimizer = DenseOptimizer()
     deep: TableOptimizer = TableOptimizer()
     wide: TableOptimizer = TableOptimizer()
+    plateau: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="multiplies every learning rate after each epoch that did not improve the metric; a "
+        "refitted model repeats the rates of the epochs that it is trained for",
+    )
 
     @field_validator("deep")
     @classmethod
@@ -147,6 +154,12 @@ class Optimizers:
                 continue  # a worker that holds none of the rows
             self._optimizers.append(RULES[rules[name].rule]([weight], **rules[name].kwargs()))
         self._unfused = {id(weight) for name, weight in self.tables.items() if not rules[name].fused}
+        self._rates = [(group, group["lr"]) for o in self._optimizers for group in o.param_groups]
+
+    def scale_rates(self, factor: float) -> None:
+        """Every learning rate becomes its configured one times `factor`."""
+        for group, rate in self._rates:
+            group["lr"] = rate * factor
 
     def gradient_norms(self) -> dict[str, torch.Tensor]:
         """L2 norm of each dense layer's gradient, by the name of the module that holds its weights.

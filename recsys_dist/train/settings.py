@@ -142,6 +142,11 @@ class TrainConfig(Config):
     def check(self, prepared: Prepared) -> None:
         """ConfigError for settings that do not go together or do not fit the data."""
         _ = self.chosen_metric, self.rows_per_worker, self.inputs(prepared)
+        if self.optimizer.plateau is not None and self.patience == 1:
+            raise ConfigError(
+                "optimizer.plateau lowers the learning rates after an epoch without a better metric; with "
+                "patience=1 training stops there: set patience=2 or more"
+            )
         if self.item_vectors is not None:
             pretrained.check(self.item_vectors, prepared)
         if self.task == "recall" and self.label is not None:

@@ -70,6 +70,14 @@ class ShardedModel:
         self.model = model
         self.optimizers = optimizers
         self.tables = tables
+        self._fused_rates = [(group, group["lr"]) for group in model.fused_optimizer.param_groups]
+
+    def scale_rates(self, factor: float) -> None:
+        """Every learning rate, of tables and dense weights, becomes its configured one times `factor`."""
+        self.optimizers.scale_rates(factor)
+        for group, rate in self._fused_rates:
+            group["lr"] = rate * factor
+        self.model.fused_optimizer.step()  # hands the rates to the kernels; they step in the backward pass
 
     def inner(self) -> Any:
         """The model as it was before `Loss` wrapped it; its lookups are collective."""

@@ -46,13 +46,21 @@ RESERVE = "failure.reserve"  # gives way to FAILURE, so that a full disk can be 
 
 @dataclass(frozen=True)
 class Phase:
-    """Splits to train on, a split to validate on or None, epochs at most, and a calibration to begin with."""
+    """Splits to train on, a split to validate on or None, and epochs at most.
+
+    chosen  where the number of epochs was chosen before: the history up to the best one
+    """
 
     name: str
     train: tuple[str, ...]
     valid: str | None
     epochs: int
-    calibration: Points = field(default_factory=list)
+    chosen: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def calibration(self) -> Points:
+        """A refitted model has no rows of its own left to calibrate on; it takes the map of its twin."""
+        return self.chosen[-1].get("calibration", []) if self.chosen else []
 
 
 def train_worker(values: dict[str, Any]) -> None:
@@ -107,9 +115,7 @@ class Run:
         epoch = best_epoch(history, self.cfg.chosen_metric)
         trained = list(history)
         if self.cfg.refit:
-            # a refitted model has no rows of its own left to calibrate on; it takes the map of its twin
-            points = history[epoch - 1].get("calibration", [])
-            refit = self.run(Phase("refit", splits["refit"], None, epoch, points))
+            refit = self.run(Phase("refit", splits["refit"], None, epoch, history[:epoch]))
             final, trained = refit.path, [*history, *refit.manifest.history]
         else:
             final = next((self.path / "choose").glob(f"epoch-{epoch:04d}-*"))
@@ -150,6 +156,7 @@ class Run:
         committed = newest
         while committed is None or not self._finished(phase, committed.manifest.history):
             epoch = manifest.epoch + 1
+            sharded.scale_rates(self._rate(phase.chosen[: epoch - 1] or manifest.history))
             totals = self._train(phase, feed, epochs[epoch], sharded, manifest)
             metrics = self._validate(phase, feed, valid, sharded)
             trained = {"trained_rows": totals.rows, "seconds": totals.seconds, "loader_s": totals.loader_s}
@@ -165,6 +172,14 @@ class Run:
             committed = self._commit(phase, sharded, catalogue, manifest)
         feed.close()
         return committed
+
+    def _rate(self, history: list[dict[str, Any]]) -> float:
+        """What the learning rates are multiplied by after the epochs of `history`, which were validated."""
+        if self.cfg.optimizer.plateau is None:
+            return 1.0
+        metric = self.cfg.chosen_metric
+        worse = sum(best_epoch(history[:n], metric) != n for n in range(1, len(history) + 1))
+        return self.cfg.optimizer.plateau**worse
 
     def _finished(self, phase: Phase, history: list[dict[str, Any]]) -> bool:
         if len(history) >= phase.epochs:

@@ -27,6 +27,14 @@ def test_the_top_reads_the_floats_and_every_pair_of_dots_once() -> None:
     torch.testing.assert_close(model.logits(batch), model.top(torch.tensor(np.array(rows))))
 
 
+def test_cat_hands_the_vectors_themselves_to_the_top() -> None:
+    torch.manual_seed(0)
+    model = materialise(Model(Config(embedding_dim=4, interaction="cat"), small_schema()), 0).eval()
+    batch = random_batch(small_schema(), 3, rng_for(0, "rows"))
+    vectors = [model.bottom(batch.dense)[:, None], model.fields(batch.sparse)[0]]
+    torch.testing.assert_close(model.logits(batch), model.top(torch.cat(vectors, dim=1).reshape(3, 7 * 4)))
+
+
 def test_a_schema_without_floats_has_no_bottom() -> None:
     schema = small_schema()
     ids = schema.select(f.name for f in schema.features if not isinstance(f, Numeric))

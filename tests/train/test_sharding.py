@@ -137,6 +137,31 @@ def test_workers_take_the_steps_of_one_unsharded_process(reference, world, shard
             assert plan[table]["kind"] == kind
 
 
+def train_slowly(rank: int, optimizer: OptimizerConfig, factor: float) -> dict[str, np.ndarray]:
+    loss = build()
+    tables = ShardingConfig.parse({"tables": {"user": "data_parallel"}})
+    sharded = shard(loss, loss.model.table_groups(), optimizer, tables, SEED)
+    sharded.scale_rates(0.5)
+    sharded.scale_rates(factor)
+    train(
+        Epoch(sharded.model, sharded.optimizers, idle_batch(tiny.schema(), 12), Workers()),
+        local_batches(rank, 12),
+    )
+    return whole(sharded.weights())
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("optimizer", [ROWWISE, DECAY], ids=["fused", "unfused"])
+def test_scaled_rates_train_as_rates_that_were_set_so(optimizer):
+    """Of dense weights, fused tables, data-parallel ones, and those without a kernel; not scaled twice."""
+    lower = optimizer.override(
+        [f"{of}.lr={getattr(optimizer, of).lr * 0.1}" for of in ("dense", "deep", "wide")]
+    )
+    scaled, set_so = run_ranks(2, train_slowly, optimizer, 0.1)[0], run_ranks(2, train_slowly, lower, 1.0)[0]
+    for name, weight in set_so.items():
+        np.testing.assert_allclose(scaled[name], weight, atol=1e-6, err_msg=name)
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("kind", ["table_wise", "row_wise"])
 def test_starting_values_do_not_depend_on_placement(kind):

@@ -140,6 +140,19 @@ def test_occurrences_are_counted_for_training_alone(data, tmp_path):
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.ray
 @pytest.mark.e2e
+def test_rates_fall_after_an_epoch_that_was_no_better_and_when_it_is_repeated(data, tmp_path):
+    """At nearly nothing the weights stand still: the epochs after the first worse one change little."""
+    cfg = config(data, epochs=6, patience=5, optimizer={"dense": {"lr": 0.1}, "deep": {"lr": 0.9}})
+    found = trainer.fit(cfg.override(["optimizer.plateau=1e-9"]), tmp_path)
+    aucs = [entry["auc"] for entry in found.history]
+    worse = next(n for n in range(1, 6) if aucs[n] <= max(aucs[:n]))
+    assert len(set(aucs[: worse + 1])) == worse + 1 and len(aucs) > worse + 1
+    np.testing.assert_allclose(aucs[worse + 1 :], aucs[worse], atol=1e-4)
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.ray
+@pytest.mark.e2e
 def test_killed_and_started_again_is_the_uninterrupted_run(data, tmp_path):
     cfg = config(data, epochs=3, patience=3)
     uninterrupted = trainer.fit(cfg, tmp_path / "a")
@@ -218,6 +231,7 @@ def test_settings_that_do_not_go_together_are_refused_before_anything_starts(dat
         model={"name": "youtubednn"}, metric="auc"
     )
     assert "'metric'" in message(metric="recall@0")
+    assert "set patience=2 or more" in message(patience=1, optimizer={"plateau": 0.1})
     assert "did you mean 'click'" in message(label="clik")
     assert "did you mean 'wide_deep'" in message(model={"name": "wide_dep"})
     assert "did you mean 'hidden'" in message(model={"name": "wide_deep", "hiden": [1]})

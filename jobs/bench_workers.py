@@ -12,7 +12,8 @@ from torch import nn
 from recsys_dist import cpu
 from recsys_dist.batch import Batch
 from recsys_dist.data.collate import collate, columns
-from recsys_dist.data.feed import Feed, deal, shuffled
+from recsys_dist.data.feed import Feed
+from recsys_dist.data.order import deal, shuffled, stored
 from recsys_dist.models.layers import MLP
 from recsys_dist.models.wide_deep import Config, Model
 from recsys_dist.schema import Schema
@@ -53,7 +54,7 @@ class BenchWorker:
         cpu.configure(1)
         dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
         self.rows = exact_div(batch_rows, world, "--batch-rows", "workers")
-        self.share = deal(files, columns(BENCH_SCHEMA), world)[rank]
+        self.share = deal(shuffled(stored(files, columns(BENCH_SCHEMA)), 0, 1), world)[rank]
         self.idle = idle_batch(BENCH_SCHEMA, self.rows)
         self.batches = list(itertools.islice(self._load(), _DISTINCT_BATCHES))
         self.steps = exact_div(sum(rows for _, rows in files), batch_rows, "rows", "--batch-rows")
@@ -85,7 +86,7 @@ class BenchWorker:
         return {"rows": mine, "seconds": totals.seconds, "loader_s": totals.loader_s}
 
     def _load(self) -> Iterator[Batch]:
-        feed = Feed(shuffled(self.share, 0, 1))
+        feed = Feed(self.share)
         yield from (collate(table, BENCH_SCHEMA) for table in feed.take(self.share, self.rows))
         feed.close()
 

@@ -1,93 +1,27 @@
-"""Training shards → each worker's rows, through Ray Data: in an order that is known, none lost, none twice.
+"""Training shards → a worker's rows, through Ray Data: in the order of `data.order`, none lost, none twice.
 
-`deal` cuts the rows of a split into one share per worker, equal to a row. `Feed` streams a worker's pieces
-in the very order in which they are listed: one Ray Data reader task at a time runs ahead of training, across
-the borders of epochs, as far as a few blocks in the object store. (`streaming_split(equal=True)` drops the
-remainder, and a new Dataset per epoch costs seconds of start-up each.)
+`Feed` streams a worker's pieces in the very order in which they are listed: one Ray Data reader task at a
+time runs ahead of training, across the borders of epochs, as far as a few blocks in the object store.
+(`streaming_split(equal=True)` drops the remainder, and a new Dataset per epoch costs seconds of start-up.)
 """
 
 import logging
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 from ray.data import ExecutionResources, TaskPoolStrategy
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from recsys_dist.config import rng_for
+from recsys_dist.data.order import Piece, microseconds
 from recsys_dist.errors import DataError
 
 _AHEAD_BYTES = 128 << 20  # of blocks read ahead, per worker
-_TIME_BINS = 4096
 _ROUND_S = 0.05
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Rows `start:stop` of a parquet file, in stored order or in one drawn from (seed, epoch).
-
-    `columns` that the file lacks are left out (`weight` is in some splits only); none named reads all.
-    `since`, in microseconds: only rows from then on are there, and `start` and `stop` count among them.
-    """
-
-    file: str
-    start: int
-    stop: int
-    columns: tuple[str, ...] = ()
-    seed: int = 0
-    epoch: int = -1  # -1: stored order
-    since: int | None = None
-
-    @property
-    def rows(self) -> int:
-        return self.stop - self.start
-
-
-def newest_rows(files: Iterable[tuple[str, int]], fraction: float) -> tuple[list[tuple[str, int]], int]:
-    """(file, rows) of at least that fraction of the rows, the newest ones; and `since` when they are.
-
-    Reads the files' `timestamp` column twice. Time is cut as finely as a 1/4096 of what the rows span.
-    """
-    names = [file for file, _ in files]
-    ends = [(int(times.min()), int(times.max())) for times in map(_timestamps, names) if len(times)]
-    first, last = min(low for low, _ in ends), max(high for _, high in ends)
-    edges = first + np.arange(_TIME_BINS) * (last - first + 1) // _TIME_BINS
-    later = np.array([len(t) - np.searchsorted(np.sort(t), edges) for t in map(_timestamps, names)])
-    enough = np.flatnonzero(later.sum(axis=0) >= fraction * later[:, 0].sum())[-1]
-    return list(zip(names, later[:, enough].tolist(), strict=True)), int(edges[enough])
-
-
-def deal(
-    files: Iterable[tuple[str, int]], columns: Sequence[str], workers: int, since: int | None = None
-) -> list[list[Piece]]:
-    """Cut (file, rows) pairs into a consecutive share per worker; shares differ by a row at most."""
-    sizes = list(files)
-    total = sum(rows for _, rows in sizes)
-    shares: list[list[Piece]] = []
-    for worker in range(workers):
-        first, last = (
-            total * worker // workers,
-            total * (worker + 1) // workers,
-        )  # shares meet: no row is lost
-        share, before = [], 0
-        for file, rows in sizes:
-            start, stop = max(first - before, 0), min(last - before, rows)
-            if start < stop:
-                share.append(Piece(file, start, stop, tuple(columns), since=since))
-            before += rows
-        shares.append(share)
-    return shares
-
-
-def shuffled(share: Sequence[Piece], seed: int, epoch: int) -> list[Piece]:
-    """A share in the order of an epoch: its pieces permuted, and (when read) the rows within each."""
-    order = rng_for(seed, "pieces", epoch).permutation(len(share))
-    return [replace(share[i], seed=seed, epoch=epoch) for i in order]
 
 
 class Feed:
@@ -167,22 +101,14 @@ def _read(batch: pa.Table) -> Iterator[pa.Table]:
                 wanted = [name for name in piece.columns if name in file.schema_arrow.names]
                 table = file.read(columns=wanted if piece.columns else None, use_threads=False)
                 if piece.since is not None:
-                    recent = _microseconds(file.read(columns=["timestamp"], use_threads=False)) >= piece.since
+                    recent = microseconds(file.read(columns=["timestamp"], use_threads=False)) >= piece.since
                     table = table.filter(pa.array(recent))
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(f"training shard {piece.file!r} cannot be read: {error}; prepare again") from None
         if len(table) < piece.stop:
             raise DataError(f"training shard {piece.file!r} has {len(table)} rows, not {piece.stop}")
-        table = table.slice(piece.start, piece.rows)
-        if piece.epoch >= 0:
-            key = (piece.file.rsplit("/", 1)[-1], piece.start)
-            table = table.take(rng_for(piece.seed, "rows", piece.epoch, *key).permutation(piece.rows))
-        yield table.combine_chunks()
-
-
-def _timestamps(file: str) -> np.ndarray:
-    return _microseconds(pq.read_table(file, columns=["timestamp"], use_threads=False))
-
-
-def _microseconds(table: pa.Table) -> np.ndarray:
-    return table["timestamp"].to_numpy().astype("datetime64[us]").astype(np.int64)
+        order = piece.permutation(len(table))
+        if order is None:
+            yield table.slice(piece.start, piece.rows).combine_chunks()
+        else:
+            yield table.take(order[piece.start : piece.stop]).combine_chunks()

@@ -27,7 +27,7 @@ from recsys_dist.data.output import naming, write_text
 from recsys_dist.errors import CheckpointError, DataError
 from recsys_dist.models.protocol import Catalogue, model_module, model_schema
 from recsys_dist.schema import Schema
-from recsys_dist.train.loop import Loss, Workers
+from recsys_dist.train.loop import Loss, Totals, Workers
 from recsys_dist.train.sharding import ShardedModel, materialise
 
 MANIFEST = "manifest.json"
@@ -40,6 +40,17 @@ log = logging.getLogger(__name__)
 class FileEntry(Config):
     size_bytes: int
     sha256: str
+
+
+class Position(Config):
+    """Where in an epoch a checkpoint was made.
+
+    trained  shard -> intervals of positions in the epoch's order (see `data.order`) whose rows were trained
+    totals   of the epoch so far
+    """
+
+    trained: dict[str, list[tuple[int, int]]] = Field(default_factory=dict)
+    totals: Totals = Field(default_factory=Totals)
 
 
 class Manifest(Config):
@@ -56,6 +67,7 @@ class Manifest(Config):
     epoch: int
     step: int
     history: list[dict[str, Any]]  # an entry per finished epoch, metrics included
+    position: Position | None = None  # None: between two epochs
     plan: dict[str, Any] = Field(default_factory=dict)
     workers: int = 1
 
@@ -81,7 +93,8 @@ def save(
     Raises CheckpointError, on all workers alike, where it cannot be written, as on a full disk; older
     checkpoints stay as they were.
     """
-    path = root / workers.agree(f"epoch-{manifest.epoch:04d}-{uuid.uuid4().hex[:8]}")
+    at = f"epoch-{manifest.epoch:04d}" if manifest.position is None else f"step-{manifest.step:09d}"
+    path = root / workers.agree(f"{at}-{uuid.uuid4().hex[:8]}")
     state = {**_live_state(sharded), "catalogue.positives": catalogue.positives}
     state |= {f"{_ITEM_FEATURE}{name}": values for name, values in catalogue.features.items()}
     state |= {f"dense.{key}": value for key, value in sharded.optimizers.state().items()}
@@ -148,23 +161,31 @@ def load_for_inference(path: Path | str, schema: Schema | None = None) -> tuple[
 
 
 def latest_valid(root: Path) -> Checkpoint | None:
-    """The checkpoint with the most epochs that is whole; warns of each newer one that is not."""
-    for path in sorted(root.glob("epoch-*"), reverse=True):
+    """The checkpoint with the most steps that is whole; warns of each newer one that is not."""
+    found: list[Checkpoint] = []
+    for path in all_below(root):
         try:
-            return Checkpoint(path, verify(path))
+            found.append(Checkpoint(path, _manifest(path)))
         except CheckpointError as error:
             log.warning("passing over a checkpoint: %s", error)
+    for checkpoint in sorted(found, key=lambda c: (c.manifest.step, c.manifest.epoch), reverse=True):
+        try:
+            verify(checkpoint.path)
+        except CheckpointError as error:
+            log.warning("passing over a checkpoint: %s", error)
+        else:
+            return checkpoint
     return None
+
+
+def all_below(root: Path) -> list[Path]:
+    """Directories of checkpoints, torn ones too: of finished epochs, and within one."""
+    return sorted([*root.glob("epoch-*"), *root.glob("step-*")])
 
 
 def verify(path: Path) -> Manifest:
     """The manifest of a whole checkpoint; CheckpointError says what is missing or damaged."""
-    try:
-        manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{str(path)!r} was never committed: it has no {MANIFEST}") from None
-    except (ValidationError, OSError) as error:
-        raise CheckpointError(f"{str(path / MANIFEST)!r} cannot be read: {error}") from None
+    manifest = _manifest(path)
     for name, entry in manifest.files.items():
         file = path / name
         size = file.stat().st_size if file.is_file() else None
@@ -173,6 +194,15 @@ def verify(path: Path) -> Manifest:
         if _entry(file) != entry:
             raise CheckpointError(f"{str(file)!r} was changed: its sha256 is not the manifest's")
     return manifest
+
+
+def _manifest(path: Path) -> Manifest:
+    try:
+        return Manifest.model_validate_json((path / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{str(path)!r} was never committed: it has no {MANIFEST}") from None
+    except (ValidationError, OSError) as error:
+        raise CheckpointError(f"{str(path / MANIFEST)!r} cannot be read: {error}") from None
 
 
 def refuse_other_schema(manifest: Manifest, schema: Schema) -> None:
@@ -194,7 +224,7 @@ def refuse_other_schema(manifest: Manifest, schema: Schema) -> None:
 def retain(root: Path, keep: Iterable[Path]) -> None:
     """Delete all checkpoints below `root`, torn ones too, but those to `keep`. One worker calls it."""
     kept = {path.name for path in keep}
-    for path in root.glob("epoch-*"):
+    for path in all_below(root):
         if path.name not in kept:
             (path / MANIFEST).unlink(missing_ok=True)  # first: half deleted is torn, not damaged
             shutil.rmtree(path, ignore_errors=True)

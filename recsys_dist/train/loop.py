@@ -75,8 +75,9 @@ class Loss(nn.Module):
 
 @dataclass
 class Totals:
-    """What an epoch came to, over all workers; `loader_s` and `seconds` are this worker's.
+    """What an epoch came to so far, over all workers; what ends in `_s`, and `seconds`, is this worker's.
 
+    seconds     of training, without what saving took
     gradients   layer -> L2 norm of its gradient, at the newest step that was sampled
     """
 
@@ -85,6 +86,7 @@ class Totals:
     weight: float = 0.0
     loss_sum: float = 0.0
     loader_s: float = 0.0
+    saving_s: float = 0.0
     seconds: float = 0.0
     gradients: dict[str, float] = field(default_factory=dict)
 
@@ -116,6 +118,10 @@ class Epoch:
                   go to the device that it is on
     on_step       called with the totals so far after each step whose loss is known to all
     sample_steps  steps from one sample of the layers' gradient norms to the next; 0 takes none
+    seed          of what the model draws in a step, as dropout does, which then depends on its number alone
+    due           asked of rank 0 before each step: whether to save after it
+    save          called then on all workers, with the rows that this one has trained. Collective
+    totals        what to go on from
     """
 
     model: nn.Module
@@ -124,6 +130,9 @@ class Epoch:
     workers: Workers
     on_step: Callable[[Totals], None] = lambda _: None
     sample_steps: int = 0
+    seed: int | None = None
+    due: Callable[[], bool] = lambda: False
+    save: Callable[[int], None] = lambda _: None
     totals: Totals = field(default_factory=Totals)
 
     def run(self, batches: Iterator[Batch], step: int) -> Totals:
@@ -134,20 +143,33 @@ class Epoch:
         began = time.perf_counter()
         self.model.train()
         known: deque[_Step] = deque()
+        mine, save = 0, 0.0
         batch, agreement = self._next(batches, known)
         while True:
-            rows, weight, *settled = agreement()
+            rows, weight, save_next, *settled = agreement()
             self._settle(known, settled)
             if rows == 0:
                 break
+            if save:
+                self._settle_all(known)  # what diverged is never saved
+                now = time.perf_counter()
+                self.totals.seconds += now - began
+                self.save(mine)
+                began = time.perf_counter()
+                self.totals.saving_s += began - now
+            save = save_next
+            mine += batch.rows if batch is not None else 0
             current = self.idle if batch is None else self._placed(batch).pad(self.idle.rows)
             batch, agreement = self._next(batches, known)
             known.append(self._step(current, step, rows, weight))
             step += 1
-        while known:
-            self._settle(known, self.workers.start_sum([float(known[0].loss_sum)])())
+        self._settle_all(known)
         self.totals.seconds += time.perf_counter() - began
         return self.totals
+
+    def _settle_all(self, known: deque[_Step]) -> None:
+        while known:
+            self._settle(known, self.workers.start_sum([float(known[0].loss_sum)])())
 
     def _next(
         self, batches: Iterator[Batch], known: deque[_Step]
@@ -157,14 +179,17 @@ class Epoch:
         batch = next(batches, None)
         self.totals.loader_s += time.perf_counter() - began
         mine = [0.0, 0.0] if batch is None else [float(batch.rows), float(batch.weight.sum())]
+        save = float(self.workers.rank == 0 and self.due())
         settled = known[0].loss_sum if len(known) >= _UNREAD_STEPS[self.idle.device.type] else None
-        return batch, self.workers.start_sum([*mine, *([] if settled is None else [float(settled)])])
+        return batch, self.workers.start_sum([*mine, save, *([] if settled is None else [float(settled)])])
 
     def _placed(self, batch: Batch) -> Batch:
         on_gpu = self.idle.device.type != "cpu"
         return batch.pin_memory().to(self.idle.device) if on_gpu else batch
 
     def _step(self, batch: Batch, step: int, rows: float, weight: float) -> _Step:
+        if self.seed is not None:
+            torch.manual_seed(self.seed + step)
         losses = self.model(batch, step)
         loss_sum = (losses * batch.weight).sum()
         (loss_sum * (self.workers.size / weight if weight else 0.0)).backward()

@@ -6,6 +6,7 @@ A file survives every kill. A restarted run drops the lines of the epochs that i
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,22 @@ def steps_per_point(expected_rows: int, batch_rows: int) -> int:
     return max(1, int(expected_rows / _POINTS / batch_rows))
 
 
+class Timer:
+    """Whether so many seconds have gone by since it last said so; None: never."""
+
+    def __init__(self, every_s: float | None) -> None:
+        self._every_s = every_s
+        self._since = time.monotonic()
+
+    def due(self) -> bool:
+        """Says so once, then the time begins anew."""
+        now = time.monotonic()
+        if self._every_s is None or now - self._since < self._every_s:
+            return False
+        self._since = now
+        return True
+
+
 class Progress:
     """Appends to a run's progress file; does nothing on workers other than rank 0."""
 
@@ -28,11 +45,15 @@ class Progress:
         self._file = run / PROGRESS
         self._enabled = enabled
 
-    def resume(self, phase: str, epochs: int) -> None:
-        """Forget what was told of a phase's epochs after the first `epochs`."""
+    def resume(self, phase: str, epochs: int, step: int) -> None:
+        """Forget what was told of a phase after its first `epochs` epochs and `step` steps."""
+
+        def still_true(line: dict[str, Any]) -> bool:
+            return line["epoch"] <= epochs or line.get("step", step + 1) <= step
+
         if self._enabled and self._file.exists():
             lines = [line for line, _ in read(self._file)]
-            kept = [line for line in lines if line["phase"] != phase or line["epoch"] <= epochs]
+            kept = [line for line in lines if line["phase"] != phase or still_true(line)]
             write_text("".join(json.dumps(line) + "\n" for line in kept), self._file)
 
     def epoch(self, phase: str, of: int, entry: dict[str, Any]) -> None:
@@ -40,14 +61,15 @@ class Progress:
         self._append({"kind": "epoch", "phase": phase, "epochs": of, **entry})
 
     def curve(
-        self, phase: str, epoch: int, of: int, step: int, expected_rows: int
+        self, phase: str, epoch: int, of: int, step: int, expected_rows: int, so_far: Totals
     ) -> Callable[[Totals], None]:
         """A listener for `Epoch.on_step` that tells the mean loss since its last point, about 50 times.
 
-        With it go the layers' gradient norms, of the newest step that sampled them.
+        With it go the layers' gradient norms, of the newest step that sampled them. `step` and
+        `expected_rows` are of the whole epoch, which goes on from `so_far`.
         """
         began = time.perf_counter()
-        told = Totals()
+        told = replace(so_far)
 
         def on_step(now: Totals) -> None:
             nonlocal told
@@ -64,11 +86,11 @@ class Progress:
                     "rows": now.rows,
                     "of_rows": expected_rows,
                     "loss": (now.loss_sum - told.loss_sum) / weight if weight else 0.0,
-                    "rows_per_s": now.rows / (time.perf_counter() - began),
+                    "rows_per_s": (now.rows - so_far.rows) / (time.perf_counter() - began),
                     "gradients": now.gradients,
                 }
             )
-            told = Totals(now.steps, now.rows, now.weight, now.loss_sum)
+            told = replace(now)
 
         return on_step
 

@@ -30,6 +30,7 @@ _NOT_IDENTITY = (
     "sharding",
     "timeout_s",
     "max_failures",
+    "checkpoint_every_s",
     "item_vectors",  # told apart by what they are, see identity()
     "item_vectors_std",
 )
@@ -73,6 +74,12 @@ class TrainConfig(Config):
     threads_per_worker: int = Field(1, ge=1, description="CPU threads, and CPUs reserved, of each worker")
     use_gpu: bool = False
     timeout_s: int = Field(60, ge=1, description="a collective that takes longer is a lost worker")
+    checkpoint_every_s: float | None = Field(
+        60.0,
+        ge=0,
+        description="seconds between checkpoints within an epoch, from which a lost run goes on; 0: after "
+        "every step; none (null): after each epoch alone",
+    )
     max_failures: int = Field(3, ge=0, description="restarts from the newest checkpoint after lost workers")
 
     @field_validator("model", mode="before")

@@ -20,7 +20,17 @@ import torch.distributed as dist
 from recsys_dist import cpu
 from recsys_dist.config import rng_for
 from recsys_dist.data.collate import collate, columns
-from recsys_dist.data.feed import Feed, Piece, deal, newest_rows, shuffled
+from recsys_dist.data.feed import Feed
+from recsys_dist.data.order import (
+    Piece,
+    cut,
+    deal,
+    newest_rows,
+    shuffled,
+    stored,
+    untrained,
+    with_trained,
+)
 from recsys_dist.data.output import write_text
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import CheckpointError, NonFiniteLossError, RecsysError
@@ -32,10 +42,10 @@ from recsys_dist.train import checkpoint as checkpoints
 from recsys_dist.train import pretrained
 from recsys_dist.train.calibrate import fit
 from recsys_dist.train.catalogue import catalogue_of, occurrences
-from recsys_dist.train.checkpoint import Checkpoint, Manifest
+from recsys_dist.train.checkpoint import Checkpoint, Manifest, Position
 from recsys_dist.train.loop import Epoch, Loss, Totals, Workers, idle_batch
 from recsys_dist.train.pretrained import RESULT
-from recsys_dist.train.progress import Progress, steps_per_point
+from recsys_dist.train.progress import Progress, Timer, steps_per_point
 from recsys_dist.train.settings import TrainConfig
 from recsys_dist.train.sharding import ShardedModel, shard
 from recsys_dist.train.validate import item_vectors, ranked_rows, recall_users
@@ -137,12 +147,12 @@ class Run:
         done = newest.manifest.epoch if newest else 0
         if newest is not None and self._finished(phase, newest.manifest.history):
             return newest
-        self.progress.resume(phase.name, done)
+        self.progress.resume(phase.name, done, newest.manifest.step if newest else 0)
         splits = ("train", "valid") if phase.valid is None else ("train",)
         catalogue = catalogue_of(self.prepared, self.schema, splits)
         train, valid = self._pieces(phase)
         if self.cfg.model.asks_occurrences:
-            catalogue = replace(catalogue, occurrences=self._occurrences(train))
+            catalogue = replace(catalogue, occurrences=self._occurrences(self._mine(train)))
         sharded = self._build(catalogue)
         if newest is not None:
             checkpoints.load(newest, sharded)
@@ -152,23 +162,26 @@ class Run:
         self._calibrate(sharded.inner(), phase.calibration)
         manifest = newest.manifest if newest else self._manifest(phase)
         epochs = {e: shuffled(train, self.cfg.seed, e) for e in range(done + 1, phase.epochs + 1)}
-        feed = Feed([piece for order in epochs.values() for piece in (*order, *valid)])
+        if manifest.position is not None:
+            epochs[done + 1] = untrained(epochs[done + 1], manifest.position.trained)
+        dealt = {epoch: deal(order, self.workers.size) for epoch, order in epochs.items()}
+        rank = self.workers.rank
+        feed = Feed([piece for shares in dealt.values() for piece in (*shares[rank], *valid)])
         committed = newest
         while committed is None or not self._finished(phase, committed.manifest.history):
             epoch = manifest.epoch + 1
             sharded.scale_rates(self._rate(phase.chosen[: epoch - 1] or manifest.history))
-            totals = self._train(phase, feed, epochs[epoch], sharded, manifest)
+            totals = self._train(phase, feed, dealt[epoch], sharded, catalogue, manifest)
             metrics = self._validate(phase, feed, valid, sharded)
-            trained = {"trained_rows": totals.rows, "seconds": totals.seconds, "loader_s": totals.loader_s}
-            entry = {"epoch": epoch, "loss": totals.loss, **trained, **metrics}
-            manifest = Manifest.parse(
-                {
-                    **manifest.model_dump(),
-                    "epoch": epoch,
-                    "step": manifest.step + totals.steps,
-                    "history": [*manifest.history, entry],
-                }
-            )
+            spent = {"seconds": totals.seconds, "loader_s": totals.loader_s, "saving_s": totals.saving_s}
+            entry = {"epoch": epoch, "loss": totals.loss, "trained_rows": totals.rows, **spent, **metrics}
+            finished = {
+                "epoch": epoch,
+                "step": _first_step(manifest) + totals.steps,
+                "history": [*manifest.history, entry],
+                "position": None,
+            }
+            manifest = Manifest.parse({**manifest.model_dump(), **finished})
             committed = self._commit(phase, sharded, catalogue, manifest)
         feed.close()
         return committed
@@ -211,13 +224,15 @@ class Run:
         )
 
     def _pieces(self, phase: Phase) -> tuple[list[Piece], list[Piece]]:
-        """This worker's share of the training rows, and of the validation rows."""
+        """All training shards, and this worker's share of the validation rows."""
         names = [*columns(self.schema), "weight"]
         files, since = self._training_files(phase)
-        train = deal(files, names, self.workers.size, since)[self.workers.rank]
         held_out = self._files(phase.valid) if phase.valid else []
-        names += ["user_id", "truth", "seen"]
-        return train, deal(held_out, names, self.workers.size)[self.workers.rank]
+        valid = stored(held_out, [*names, "user_id", "truth", "seen"])
+        return stored(files, names, since), self._mine(valid)
+
+    def _mine(self, pieces: list[Piece]) -> list[Piece]:
+        return deal(pieces, self.workers.size)[self.workers.rank]
 
     def _occurrences(self, train: list[Piece]) -> dict[str, torch.Tensor]:
         """Of all workers' training rows. Collective."""
@@ -239,22 +254,50 @@ class Run:
         return list(zip(self.prepared.files(split), self.prepared.shards(split).rows, strict=True))
 
     def _train(
-        self, phase: Phase, feed: Feed, order: list[Piece], sharded: ShardedModel, manifest: Manifest
+        self,
+        phase: Phase,
+        feed: Feed,
+        shares: list[list[Piece]],
+        sharded: ShardedModel,
+        catalogue: Catalogue,
+        manifest: Manifest,
     ) -> Totals:
-        number = manifest.epoch + 1
-        # Dropout draws anew from here, so that a resumed epoch is the uninterrupted one's.
-        key = (self.cfg.seed, "dropout", phase.name, number, self.workers.rank)
-        torch.manual_seed(int(rng_for(*key).integers(2**63)))
-        expected = sum(self.workers.gather(sum(piece.rows for piece in order)))
-        curve = self.progress.curve(phase.name, number, phase.epochs, manifest.step, expected)
-        every = steps_per_point(expected, self.cfg.batch_rows)
-        epoch = Epoch(sharded.model, sharded.optimizers, self.idle, self.workers, curve, every)
-        batches = (collate(table, self.schema) for table in feed.take(order, self.idle.rows))
+        """Train the rest of an epoch, dealt to the workers as `shares`. Collective."""
+        number, before = manifest.epoch + 1, manifest.position or Position()
+        totals = replace(before.totals)
+        expected = totals.rows + sum(piece.rows for share in shares for piece in share)
+        first = _first_step(manifest)
+        curve = self.progress.curve(phase.name, number, phase.epochs, first, expected, totals)
+        key = (self.cfg.seed, "dropout", phase.name, self.workers.rank)
+        epoch = Epoch(
+            sharded.model,
+            sharded.optimizers,
+            self.idle,
+            self.workers,
+            curve,
+            sample_steps=steps_per_point(expected, self.cfg.batch_rows),
+            seed=int(rng_for(*key).integers(2**62)),
+            due=Timer(self.cfg.checkpoint_every_s).due,
+            totals=totals,
+        )
+
+        def save(mine: int) -> None:
+            counts = self.workers.gather(mine)
+            done = [p for share, rows in zip(shares, counts, strict=True) for p in cut(share, rows)[0]]
+            position = Position(
+                trained=with_trained(before.trained, done), totals=replace(totals, gradients={})
+            )
+            now = {"step": first + totals.steps, "position": position}
+            self._save(phase, sharded, catalogue, Manifest.parse({**manifest.model_dump(), **now}))
+
+        epoch.save = save
+        share = shares[self.workers.rank]
+        batches = (collate(table, self.schema) for table in feed.take(share, self.idle.rows))
         try:
             return epoch.run(batches, manifest.step)
         except NonFiniteLossError as error:
-            shards = " and ".join(f"{self.prepared.path / split}/part-*.parquet" for split in phase.train)
-            raise NonFiniteLossError(f"{error} (shards are {shards})") from None
+            files = " and ".join(f"{self.prepared.path / split}/part-*.parquet" for split in phase.train)
+            raise NonFiniteLossError(f"{error} (shards are {files})") from None
 
     def _validate(
         self, phase: Phase, feed: Feed, pieces: list[Piece], sharded: ShardedModel
@@ -297,12 +340,25 @@ class Run:
     def _commit(
         self, phase: Phase, sharded: ShardedModel, catalogue: Catalogue, manifest: Manifest
     ) -> Checkpoint:
+        saved = self._save(phase, sharded, catalogue, manifest)
+        entry = saved.manifest.history[-1]
+        self.progress.epoch(phase.name, phase.epochs, entry)
+        ray.train.report({"phase": phase.name, **entry})
+        return saved
+
+    def _save(
+        self, phase: Phase, sharded: ShardedModel, catalogue: Catalogue, manifest: Manifest
+    ) -> Checkpoint:
+        """Save, and forget all but this checkpoint and that of the best epoch. Collective."""
         root = self.path / phase.name
         saved = checkpoints.save(root, sharded, catalogue, manifest, self.workers)
-        history = saved.manifest.history
         if self.workers.rank == 0:
-            best = best_epoch(history, self.cfg.chosen_metric) if phase.valid else manifest.epoch
-            checkpoints.retain(root, [saved.path, *root.glob(f"epoch-{best:04d}-*")])
-        self.progress.epoch(phase.name, phase.epochs, history[-1])
-        ray.train.report({"phase": phase.name, **history[-1]})
+            history = manifest.history if phase.valid else []
+            best = f"epoch-{best_epoch(history, self.cfg.chosen_metric):04d}-*" if history else None
+            checkpoints.retain(root, [saved.path, *(root.glob(best) if best else [])])
         return saved
+
+
+def _first_step(manifest: Manifest) -> int:
+    """Number of the first step of the epoch that a checkpoint is in, or before."""
+    return manifest.step - (manifest.position.totals.steps if manifest.position else 0)

@@ -7,27 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from recsys_dist.data.feed import Feed, Piece, deal, newest_rows, shuffled
+from recsys_dist.data.feed import Feed
+from recsys_dist.data.order import Piece, cut, deal, newest_rows, shuffled, stored, untrained, with_trained
 from recsys_dist.errors import DataError
-
-FILES = [("a", 10), ("b", 1), ("c", 7), ("d", 0), ("e", 5)]
-
-
-@pytest.mark.parametrize("workers", [1, 2, 3, 7, 40])
-def test_shares_differ_by_a_row_at_most_and_hold_every_row_once(workers):
-    shares = deal(FILES, [], workers)
-    rows = [(p.file, row) for share in shares for p in share for row in range(p.start, p.stop)]
-    assert rows == [(file, row) for file, size in FILES for row in range(size)]
-    sizes = [sum(p.rows for p in share) for share in shares]
-    assert max(sizes) - min(sizes) <= 1
-
-
-def test_the_order_is_a_function_of_seed_and_epoch():
-    share = [Piece(str(n), 0, 1) for n in range(20)]
-    assert shuffled(share, 1, 2) == shuffled(share, 1, 2)
-    orders = {tuple(p.file for p in shuffled(share, seed, epoch)) for seed in (1, 2) for epoch in (1, 2)}
-    assert len(orders) == 4
-    assert all(sorted(map(int, order)) == list(range(20)) for order in orders)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +42,7 @@ def flat(lists: list[list]) -> list:
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
 def test_epochs_follow_each_other_with_full_batches_and_every_row_once(files):
-    [share] = deal(files, ["row_id", "weight"], 1)
-    epochs = [shuffled(share, 5, epoch) for epoch in (1, 2, 3)]
+    epochs = [shuffled(stored(files, ["row_id", "weight"]), 5, epoch) for epoch in (1, 2, 3)]
     feed = Feed([piece for epoch in epochs for piece in epoch])
     found = [row_ids(feed.take(epoch, 48)) for epoch in epochs]
     everything = sorted((number << 32) + row for number, (_, rows) in enumerate(files) for row in range(rows))
@@ -76,17 +57,28 @@ def test_epochs_follow_each_other_with_full_batches_and_every_row_once(files):
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
 def test_workers_share_an_epoch(files):
-    shares = deal(files, ["row_id"], 3)
-    found = [flat(row_ids(Feed(shuffled(s, 0, 1)).take(s, 16))) for s in shares]
-    assert sorted(flat(found)) == sorted(flat(row_ids(Feed(flat(shares)).take(flat(shares), 16))))
+    epoch = shuffled(stored(files, ["row_id"]), 0, 1)
+    found = [flat(row_ids(Feed(share).take(share, 16))) for share in deal(epoch, 3)]
+    assert flat(found) == flat(row_ids(Feed(epoch).take(epoch, 16)))
     assert sorted(map(len, found)) == [53, 53, 54]
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
+def test_an_interrupted_epoch_goes_on_with_the_rows_that_are_left(files):
+    epoch = shuffled(stored(files, ["row_id"]), 0, 1)
+    before = [cut(share, 20)[0] for share in deal(epoch, 3)]
+    left = deal(untrained(epoch, with_trained({}, flat(before))), 2)
+    found = [flat(row_ids(Feed(part).take(part, 16))) for part in [*before, *left]]
+    assert list(map(len, found)) == [20, 20, 20, 50, 50]
+    assert sorted(flat(found)) == sorted(flat(row_ids(Feed(epoch).take(epoch, 16))))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("cluster")
 def test_lists_travel_with_their_rows(files):
-    [share] = deal(files[:1], [], 1)
-    [table] = Feed(shuffled(share, 0, 1)).take(share, 1000)
+    share = shuffled(stored(files[:1]), 0, 1)
+    [table] = Feed(share).take(share, 1000)
     for row_id, values in zip(table["row_id"].to_pylist(), table["lists"].to_pylist(), strict=True):
         assert values == [row_id] * (row_id % 3)
 
@@ -123,7 +115,7 @@ def timed(tmp_path_factory) -> list[tuple[str, int]]:
 @pytest.mark.usefixtures("cluster")
 def test_the_newest_rows_are_those_and_no_others(timed, fraction, workers):
     files, since = newest_rows(timed, fraction)
-    shares = [shuffled(share, 0, 1) for share in deal(files, ["row_id"], workers, since)]
+    shares = deal(shuffled(stored(files, ["row_id"], since), 0, 1), workers)
     hours = flat(flat([row_ids(Feed(share).take(share, 7)) for share in shares]))
     wanted = int(np.ceil(fraction * 240))
     assert sorted(hours) == list(range(240 - wanted, 240))

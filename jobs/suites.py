@@ -110,7 +110,11 @@ _DECAYED = (  # 202,027 rows are few: without it the tables fit them by heart
     "optimizer.wide.weight_decay=0.0001",
 )
 _FRAPPE_OWN = {
-    "DLRM": ("model.interaction=cat",),  # as BARS' row has it; without floats dots leave out the fields
+    "DeepFM": ("optimizer.plateau=0.1",),
+    "DLRM": (
+        "model.interaction=cat",
+        "optimizer.plateau=0.1",
+    ),  # as BARS' row has it; without floats dots leave out the fields
     # without a tower they need larger weights
     "LR": ("optimizer.wide.lr=0.2", "optimizer.wide.weight_decay=0.00001", "epochs=60"),
     "FM": (

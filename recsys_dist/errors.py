@@ -6,6 +6,7 @@
     │   ├── SourceError    the raw files cannot be read: missing, unreadable, lacking columns
     │   └── QuarantineError  more of the log was refused than `max_quarantined` allows
     ├── TrainError         training cannot go on
+    │   ├── SupersededError    the run was started anew elsewhere, and goes on there
     │   └── NonFiniteLossError  the loss is NaN or infinite; names the rows of the batch
     ├── CheckpointError    a checkpoint is torn, or was made for another schema
     ├── BundleError        an exported bundle is damaged, or its parts do not agree
@@ -41,6 +42,10 @@ class QuarantineError(DataError):
 
 class TrainError(RecsysError):
     """Training cannot go on."""
+
+
+class SupersededError(TrainError):
+    """The run was started anew, and goes on there; these workers may write no more."""
 
 
 class NonFiniteLossError(TrainError):

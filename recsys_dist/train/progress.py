@@ -39,9 +39,9 @@ class Timer:
 
 
 class Progress:
-    """Appends to a run's progress file; does nothing on workers other than rank 0."""
+    """Appends to a run's progress file, as long as it is `enabled`: on rank 0, while the run is its."""
 
-    def __init__(self, run: Path, enabled: bool) -> None:
+    def __init__(self, run: Path, enabled: Callable[[], bool]) -> None:
         self._file = run / PROGRESS
         self._enabled = enabled
 
@@ -51,7 +51,7 @@ class Progress:
         def still_true(line: dict[str, Any]) -> bool:
             return line["epoch"] <= epochs or line.get("step", step + 1) <= step
 
-        if self._enabled and self._file.exists():
+        if self._enabled() and self._file.exists():
             lines = [line for line, _ in read(self._file)]
             kept = [line for line in lines if line["phase"] != phase or still_true(line)]
             write_text("".join(json.dumps(line) + "\n" for line in kept), self._file)
@@ -95,7 +95,7 @@ class Progress:
         return on_step
 
     def _append(self, line: dict[str, Any]) -> None:
-        if self._enabled:
+        if self._enabled():
             with naming(self._file), self._file.open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
 

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from recsys_dist import errors, session
 from recsys_dist.data.output import write_text
 from recsys_dist.data.prepared import Prepared
-from recsys_dist.errors import ConfigError, RecsysError, TrainError
+from recsys_dist.errors import ConfigError, RecsysError, SupersededError, TrainError
+from recsys_dist.train.fence import take_over
 from recsys_dist.train.pretrained import RESULT
 from recsys_dist.train.progress import PROGRESS, read
 from recsys_dist.train.settings import TrainConfig
@@ -95,7 +96,7 @@ def _train(cfg: TrainConfig, run: Path) -> None:
     values = {**cfg.model_dump(mode="json"), **paths}
     trainer = _Trainer(
         train_worker,
-        train_loop_config={"config": values, "run": str(run)},
+        train_loop_config={"config": values, "run": str(run), "start": take_over(run)},
         scaling_config=ScalingConfig(
             num_workers=cfg.num_workers,
             use_gpu=cfg.use_gpu,
@@ -120,6 +121,8 @@ def _train(cfg: TrainConfig, run: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
     if (run / FAILURE).exists():
         raise _explained(None, run, cfg)
+    if not (run / RESULT).exists():
+        raise SupersededError(f"{str(run)!r} was started anew by another process, and goes on there")
 
 
 def _explained(error: TrainingFailedError | None, run: Path, cfg: TrainConfig) -> RecsysError:

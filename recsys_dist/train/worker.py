@@ -6,7 +6,7 @@ from its newest whole checkpoint. All workers take every decision alike, from wh
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from recsys_dist.data.order import (
 )
 from recsys_dist.data.output import write_text
 from recsys_dist.data.prepared import Prepared
-from recsys_dist.errors import CheckpointError, NonFiniteLossError, RecsysError
+from recsys_dist.errors import CheckpointError, NonFiniteLossError, RecsysError, SupersededError
 from recsys_dist.metrics import LESS_IS_BETTER
 from recsys_dist.models.calibration import Points
 from recsys_dist.models.protocol import Catalogue, model_module
@@ -43,6 +43,7 @@ from recsys_dist.train import pretrained
 from recsys_dist.train.calibrate import fit
 from recsys_dist.train.catalogue import catalogue_of, occurrences
 from recsys_dist.train.checkpoint import Checkpoint, Manifest, Position
+from recsys_dist.train.fence import Fence
 from recsys_dist.train.loop import Epoch, Loss, Totals, Workers, idle_batch
 from recsys_dist.train.pretrained import RESULT
 from recsys_dist.train.progress import Progress, Timer, steps_per_point
@@ -74,7 +75,10 @@ class Phase:
 
 
 def train_worker(values: dict[str, Any]) -> None:
-    """Entry point: `values` are {"config", "run"}, a TrainConfig's fields and the run's directory."""
+    """Entry point: `values` are {"config", "run", "start"}.
+
+    A TrainConfig's fields, the run's directory, and the name of its start (see `train.fence`).
+    """
     cfg, run = TrainConfig.parse(values["config"]), Path(values["run"])
     if (run / FAILURE).exists():
         return  # Ray Train started the workers again; this is not a failure that trying again mends
@@ -82,7 +86,9 @@ def train_worker(values: dict[str, Any]) -> None:
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        Run(cfg, run).all_phases()
+        Run(cfg, run, Fence(run, values["start"])).all_phases()
+    except SupersededError:
+        return  # the run is another's now, and so is its FAILURE
     except RecsysError as error:
         text = json.dumps({"kind": type(error).__name__, "message": str(error)})
         (run / RESERVE).unlink(missing_ok=True)
@@ -106,15 +112,17 @@ def _calibrated(model: Any) -> bool:
 class Run:
     """One training run, as seen by one worker."""
 
-    def __init__(self, cfg: TrainConfig, path: Path) -> None:
+    def __init__(self, cfg: TrainConfig, path: Path, fence: Fence) -> None:
         self.cfg = cfg
         self.path = path
+        self.fence = fence
         self.workers = Workers()
+        self._only_if(fence.take)
         self.prepared = Prepared.open(cfg.data)
         self.schema = cfg.inputs(self.prepared)
         self.device = ray.train.torch.get_device() if cfg.use_gpu else torch.device("cpu")
         self.idle = idle_batch(self.schema, cfg.rows_per_worker).to(self.device)
-        self.progress = Progress(path, enabled=self.workers.rank == 0)
+        self.progress = Progress(path, enabled=lambda: self.workers.rank == 0 and fence.holds())
 
     def all_phases(self) -> None:
         """Choose the number of epochs, refit if asked to, and write down the result."""
@@ -129,6 +137,7 @@ class Run:
             final, trained = refit.path, [*history, *refit.manifest.history]
         else:
             final = next((self.path / "choose").glob(f"epoch-{epoch:04d}-*"))
+        self._only_if(self.fence.holds)
         if self.workers.rank == 0:
             seconds = sum(entry["seconds"] for entry in trained)
             result = {
@@ -140,6 +149,11 @@ class Run:
             }
             write_text(json.dumps(result), self.path / RESULT)
         self.workers.gather(None)
+
+    def _only_if(self, held: Callable[[], bool]) -> None:
+        """SupersededError, on all workers alike, where rank 0 may not write any more. Collective."""
+        if not self.workers.agree(self.workers.rank > 0 or held()):
+            raise SupersededError(f"{str(self.path)!r} was started anew, and goes on there")
 
     def run(self, phase: Phase) -> Checkpoint:
         """Train a phase to its end, from wherever it is; returns its last checkpoint. Collective."""
@@ -197,7 +211,7 @@ class Run:
     def _finished(self, phase: Phase, history: list[dict[str, Any]]) -> bool:
         if len(history) >= phase.epochs:
             return True
-        if phase.valid is None:
+        if phase.valid is None or not history:
             return False
         return len(history) - best_epoch(history, self.cfg.chosen_metric) >= self.cfg.patience
 
@@ -351,8 +365,9 @@ class Run:
     ) -> Checkpoint:
         """Save, and forget all but this checkpoint and that of the best epoch. Collective."""
         root = self.path / phase.name
+        self._only_if(self.fence.holds)
         saved = checkpoints.save(root, sharded, catalogue, manifest, self.workers)
-        if self.workers.rank == 0:
+        if self.workers.rank == 0 and self.fence.holds():
             history = manifest.history if phase.valid else []
             best = f"epoch-{best_epoch(history, self.cfg.chosen_metric):04d}-*" if history else None
             checkpoints.retain(root, [saved.path, *(root.glob(best) if best else [])])

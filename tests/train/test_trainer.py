@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import signal
@@ -7,16 +8,19 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
 
+from jobs.ledger_model import trained_once
 from recsys_dist.data.collate import collate
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import ConfigError, DataError, NonFiniteLossError
 from recsys_dist.metrics import RankingState
 from recsys_dist.train import trainer
-from recsys_dist.train.checkpoint import load_for_inference
+from recsys_dist.train.checkpoint import latest_valid, load_for_inference
+from recsys_dist.train.progress import PROGRESS, read
 from recsys_dist.train.settings import TrainConfig
 from recsys_dist.train.validate import user_keys
 from tests.train import prepared
@@ -156,25 +160,49 @@ def test_rates_fall_after_an_epoch_that_was_no_better_and_when_it_is_repeated(da
 def test_killed_and_started_again_is_the_uninterrupted_run(data, tmp_path):
     cfg = config(data, epochs=3, patience=3)
     uninterrupted = trainer.fit(cfg, tmp_path / "a")
-    script = f"""
-from recsys_dist.train import trainer
-from recsys_dist.train.settings import TrainConfig
-trainer.fit(TrainConfig.parse({cfg.model_dump(mode="json")!r}), {str(tmp_path / "b")!r})
-"""
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL)
-    run = trainer.run_directory(cfg, Prepared.open(data), tmp_path / "b")
-    deadline = time.monotonic() + 120
-    while not list(run.glob("choose/epoch-0001-*/manifest.json")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    run = start_and_kill(cfg, tmp_path / "b", "choose/epoch-0001-*")
     assert not (run / "result.json").exists()
     resumed = trainer.fit(cfg, tmp_path / "b")
     assert_same(uninterrupted.checkpoint, resumed.checkpoint)
     assert resumed.checkpoint.parent.name == "refit"
     assert_calibrated(resumed.checkpoint, resumed.history[resumed.chosen_epoch - 1])
     assert [e["auc"] for e in resumed.history] == [e["auc"] for e in uninterrupted.history]
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.ray
+@pytest.mark.e2e
+def test_killed_within_an_epoch_it_goes_on_there_and_is_the_uninterrupted_run(data, tmp_path):
+    """Dropout too draws in each step what it would have drawn."""
+    cfg = config(data, refit=False, model={"name": "mlp", "embedding_dim": 8, "hidden": [16], "dropout": 0.3})
+    uninterrupted = trainer.fit(cfg, tmp_path / "a")
+    often = cfg.override(["checkpoint_every_s=0"])
+    run = start_and_kill(often, tmp_path / "b", "choose/step-00000000[4-9]-*")
+    before = latest_valid(run / "choose").manifest
+    assert before.epoch == 0 and 4 <= before.step < 14 and before.position.totals.rows == 64 * before.step
+    resumed = trainer.fit(cfg, tmp_path / "b")
+    assert_same(uninterrupted.checkpoint, resumed.checkpoint)
+    for name in ("auc", "loss", "trained_rows"):
+        found = [entry[name] for entry in resumed.history]
+        assert found == [entry[name] for entry in uninterrupted.history], name
+    told = [line for line, _ in read(run / PROGRESS) if line["kind"] == "curve"]
+    assert [line["step"] for line in told] == list(range(1, 29)), "the curve goes on, and tells nothing twice"
+    assert not list(run.glob("choose/step-*")), "an epoch's end replaces what was saved within it"
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.ray
+@pytest.mark.e2e
+def test_rows_are_trained_once_when_fewer_workers_go_on_within_an_epoch(data, tmp_path):
+    model = {"name": "jobs.ledger_model:Model", "shards": prepared.SPLITS["train"]}
+    optimizer = {"deep": {"lr": 0.5}}
+    cfg = config(data, model=model, epochs=1, refit=False, optimizer=optimizer, checkpoint_every_s=0)
+    run = start_and_kill(cfg, tmp_path, "choose/step-00000000[3-9]-*")
+    before = latest_valid(run / "choose").manifest
+    assert before.workers == 2
+    result = trainer.fit(cfg.override(["num_workers=1", "checkpoint_every_s=null"]), tmp_path)
+    assert trained_once(result.checkpoint, 0.5) == {"once": 870, "lost": 0, "repeated": 0}
+    assert result.history[0]["trained_rows"] == 870
 
 
 @pytest.mark.usefixtures("cluster")
@@ -193,6 +221,28 @@ def test_a_killed_worker_is_replaced(data, tmp_path):
     resumed = trainer.fit(cfg, tmp_path / "b", on_report=kill_one)
     assert killed
     assert_same(uninterrupted.checkpoint, resumed.checkpoint)
+
+
+def start_and_kill(cfg: TrainConfig, out: Path, when: str) -> Path:
+    """Train in a process of its own, and SIGKILL it when a checkpoint that `when` matches is committed."""
+    script = f"""
+from recsys_dist.train import trainer
+from recsys_dist.train.settings import TrainConfig
+trainer.fit(TrainConfig.parse({cfg.model_dump(mode="json")!r}), {str(out)!r})
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL)
+    run = trainer.run_directory(cfg, Prepared.open(cfg.data), out)
+    deadline = time.monotonic() + 120
+    while not list(run.glob(f"{when}/manifest.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    everything = [process, *psutil.Process(process.pid).children(recursive=True)]
+    for each in everything:  # as a machine goes down: the driver, its cluster, its workers
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.send_signal(signal.SIGKILL)
+    process.wait()
+    psutil.wait_procs(everything[1:])
+    return run
 
 
 def worker_pid() -> int:

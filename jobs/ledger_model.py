@@ -33,7 +33,7 @@ class Config(ModelConfig):
     """`shards` are the rows of each training shard, in order."""
 
     name: Literal["jobs.ledger_model:Model"] = "jobs.ledger_model:Model"
-    shards: tuple[int, ...]
+    shards: tuple[int, ...] = ()
 
 
 class Model(nn.Module):

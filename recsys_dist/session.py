@@ -14,12 +14,13 @@ OBJECT_STORE_BYTES = 1 << 30
 _PROBE_S = 5.0
 
 
-def connect(dashboard: bool = False, metrics_port: int | None = None) -> None:
+def connect(dashboard: bool = False, metrics_port: int | None = None, cpus: int | None = None) -> None:
     """Join the cluster in RAY_ADDRESS (set for submitted jobs), or start one on this machine.
 
     Without RAY_ADDRESS it never joins a cluster that happens to run here. Ray Train asks the `dashboard`
     which runs are gone, to free what they held: needed where one driver starts many of them. Prometheus
-    finds the metrics of a cluster started here at `metrics_port`. ClusterError where there is no cluster.
+    finds the metrics of a cluster started here at `metrics_port`; `cpus` is how many it has to give away, by
+    default the machine's. ClusterError where there is no cluster.
     """
     if ray.is_initialized():
         return
@@ -33,6 +34,7 @@ def connect(dashboard: bool = False, metrics_port: int | None = None) -> None:
             _probe(address)
         ray.init(
             address="local" if here else None,
+            num_cpus=cpus if here else None,
             object_store_memory=OBJECT_STORE_BYTES if here else None,
             include_dashboard=dashboard if here else None,
             _metrics_export_port=metrics_port if here else None,

@@ -69,7 +69,8 @@ class Progress:
         `expected_rows` are of the whole epoch, which goes on from `so_far`.
         """
         began = time.perf_counter()
-        told = replace(so_far)
+        first = replace(so_far)  # as it is now: it goes on counting
+        told = first
 
         def on_step(now: Totals) -> None:
             nonlocal told
@@ -86,7 +87,7 @@ class Progress:
                     "rows": now.rows,
                     "of_rows": expected_rows,
                     "loss": (now.loss_sum - told.loss_sum) / weight if weight else 0.0,
-                    "rows_per_s": (now.rows - so_far.rows) / (time.perf_counter() - began),
+                    "rows_per_s": (now.rows - first.rows) / (time.perf_counter() - began),
                     "gradients": now.gradients,
                 }
             )

@@ -91,6 +91,7 @@ def test_a_run_from_shards_to_a_checkpoint(data, tmp_path):
     for point in points:
         assert point["gradients"].keys() == {"tower.layers.0", "tower.layers.2"}
         assert min(point["gradients"].values()) > 0
+        assert point["rows_per_s"] > 0
     best = result.history[result.chosen_epoch - 1]
     assert best["auc"] == max(entry["auc"] for entry in result.history)
 

@@ -17,7 +17,6 @@ from pydantic import Field
 from torch import nn
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata
 from torch.distributed._shard.sharding_spec import ShardMetadata
-from torch.distributed.nn.functional import all_reduce
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
@@ -28,8 +27,7 @@ from torchrec.distributed.types import ShardingPlan
 
 from recsys_dist.config import Config, nearest, rng_for
 from recsys_dist.errors import ConfigError
-from recsys_dist.models.layers import WorkerMax, WorkerSum
-from recsys_dist.models.recall import GlobalRows
+from recsys_dist.train.collectives import connect
 from recsys_dist.train.optim import (
     OptimizerConfig,
     Optimizers,
@@ -113,33 +111,6 @@ class ShardedModel:
         return {t: {"kind": p.sharding_type, "ranks": list(p.ranks or [])} for t, p in placed}
 
 
-class _AllRows(GlobalRows):
-    """`GlobalRows` of several workers, by rank; equally many rows on each, as the training loop pads them."""
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        gathered: torch.Tensor = _Gather.apply(rows)  # type: ignore[no-untyped-call]
-        return gathered
-
-
-class _Gather(torch.autograd.Function):
-    """All-gather; its gradient is the sum of all workers' gradients in this worker's rows.
-
-    (`torch.distributed.nn.functional.all_gather` does the same; it is deprecated for a private one.)
-    """
-
-    @staticmethod
-    def forward(_ctx: Any, rows: torch.Tensor) -> torch.Tensor:
-        theirs = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(theirs, rows.contiguous())
-        return torch.cat(theirs)
-
-    @staticmethod
-    def backward(_ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        summed = gradients[0].clone(memory_format=torch.contiguous_format)  # others may read it
-        dist.all_reduce(summed)
-        return summed.chunk(dist.get_world_size())[dist.get_rank()]
-
-
 def _placed_as(weight: ShardedTensor, local: torch.Tensor) -> ShardedTensor:
     """`local` [this worker's rows] or [.., n] as part of a tensor that lies where the weight's rows do."""
     found, columns = weight.metadata(), list(local.shape[1:])
@@ -164,33 +135,6 @@ class _Bags(EmbeddingBagCollectionSharder):
         return sorted({*super().sharding_types(compute_device_type), "row_wise"})
 
 
-class _AllSum(nn.Module):
-    """`WorkerSum` over a process group. The gradient is summed as the value is: each worker's loss sees all.
-
-    `train.loop` multiplies each worker's loss by their number and DDP averages, so the sums agree.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        total: torch.Tensor = all_reduce(x)  # type: ignore[no-untyped-call]
-        return total
-
-
-class _AllMax(nn.Module):
-    """`WorkerMax` over a process group."""
-
-    def forward(self, count: int, device: torch.device) -> int:
-        most = torch.tensor(count, device=device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        return int(most)
-
-
-_COLLECTIVE: dict[type[nn.Module], type[nn.Module]] = {
-    WorkerSum: _AllSum,
-    WorkerMax: _AllMax,
-    GlobalRows: _AllRows,
-}
-
-
 def shard(
     model: nn.Module,
     groups: Mapping[str, list[nn.Parameter]],
@@ -205,7 +149,7 @@ def shard(
     """
     rules = table_rules(model, groups, optimizer)
     tables = _tables(model)
-    _connect(model)
+    connect(model)
     attach(model, rules)
     sharders: list[Any] = [_Bags(), EmbeddingCollectionSharder()]
     constraints = _constraints(sharding, tables, rules, torch.device(device).type)
@@ -218,15 +162,6 @@ def shard(
         _fill({n: w for n, w in parallel.state_dict().items() if n in tables}, tables, seed)
         parallel.init_data_parallel()
     return ShardedModel(parallel, Optimizers(parallel.named_parameters(), rules, optimizer.dense), tables)
-
-
-def _connect(model: nn.Module) -> None:
-    if dist.get_world_size() == 1:
-        return
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) in _COLLECTIVE:
-                setattr(module, name, _COLLECTIVE[type(child)]())
 
 
 def materialise(model: nn.Module, seed: int, device: torch.device | str = "cpu") -> nn.Module:

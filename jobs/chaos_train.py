@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,7 +154,11 @@ def main(argv: list[str]) -> None:
     draw = random.Random(args.seed)
     with tqdm(total=args.kills, unit="kill", disable=not sys.stderr.isatty()) as bar:
         while sum(tally.kills.values()) < args.kills:
-            one_run(Run(prepared, out / f"run-{args.seed}-{tally.runs}", tally.runs), tally, draw, bar)
+            left = args.kills - sum(tally.kills.values())
+            run = Run(prepared, out / f"run-{args.seed}-{tally.runs}", tally.runs)
+            for kind in one_run(run, tally, draw, left):
+                tally.kills[kind] += 1
+                bar.update()
     result = summary(tally)
     print(table(result))
     if args.json:
@@ -162,11 +167,11 @@ def main(argv: list[str]) -> None:
         raise TrainError("rows or checkpoints were lost, see above; the runs are kept in " + str(out))
 
 
-def one_run(run: Run, tally: Tally, draw: random.Random, bar: "tqdm[Any]") -> None:
-    """Train it to its end, killing something again and again; then look at its ledger."""
+def one_run(run: Run, tally: Tally, draw: random.Random, kills: int) -> Iterator[str]:
+    """Train it to its end, killing something so often at most; then look at its ledger. Yields each kill."""
     run.start(draw.choice(_WORKERS))
     training = run.wait_for_training("")
-    while training:
+    while training and kills:
         time.sleep(draw.uniform(0, _UNDISTURBED_S))
         kind = draw.choice(_KINDS)
         deadline = time.monotonic() + _UNDISTURBED_S
@@ -183,13 +188,15 @@ def one_run(run: Run, tally: Tally, draw: random.Random, bar: "tqdm[Any]") -> No
             run.start(draw.choice(_WORKERS))
         elif not kill_a_worker(draw):
             continue  # they are just ending
-        tally.kills[kind] += 1
-        bar.update()
+        kills -= 1
+        yield kind
         training = run.wait_for_training(held_by)
         if training:
             tally.restart_s.append(time.monotonic() - began)
             newest = run.told()[-1]
             tally.checkpoints_lost += newest <= committed
+    while not run.finished():
+        time.sleep(_POLL_S)
     assert run.path is not None
     found = json.loads((run.path / RESULT).read_text())
     tally.rows.update(trained_once(run.path / found["checkpoint"], _LR))

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from jobs.command import settings_help
 from recsys_dist.config import load_yaml, nearest
@@ -157,6 +157,7 @@ examples:
   python -m jobs.train youtubednn data=runs/data --out runs/recall
   python -m jobs.train sasrec data=runs/data item_vectors=runs/train/models/recall-item2vec-…
   python -m jobs.train --model my_models.tower:Model data=runs/data model.hidden=[64]
+  python -m jobs.train wide_deep data=runs/data num_workers=4 --plan
   python -m jobs.train --config runs/train/models/ranking-wide_deep-…/config.yaml seed=1
 
 The same command again goes on from the newest checkpoint, also with another number of workers, and
@@ -170,8 +171,17 @@ def named(name: str, values: Mapping[str, Any] | None = None) -> TrainConfig:
     return TrainConfig.parse({"data": _PREPARED, **RECIPES[name], **(values or {})})
 
 
-def parse(argv: list[str]) -> tuple[TrainConfig, str, TrackingConfig]:
-    """The configuration, the output directory and where to track; ConfigError for a wrong setting."""
+class Asked(NamedTuple):
+    """What a command line asks for; with `plan` only to be shown what would be placed where."""
+
+    cfg: TrainConfig
+    out: str
+    tracked: TrackingConfig
+    plan: bool
+
+
+def parse(argv: list[str]) -> Asked:
+    """What the command line asks for; ConfigError for a wrong setting."""
     parser = argparse.ArgumentParser(
         prog="python -m jobs.train",
         description=HELP,
@@ -180,6 +190,7 @@ def parse(argv: list[str]) -> tuple[TrainConfig, str, TrackingConfig]:
     )
     parser.add_argument("words", nargs="*", metavar="RECIPE key=value", help="a recipe, dotted settings")
     parser.add_argument("--model", metavar="MODULE:Model", help="a model of your own instead of a recipe")
+    parser.add_argument("--plan", action="store_true", help="show where tables would live, and train nothing")
     parser.add_argument("--config", help="YAML file with settings, such as a former run's config.yaml")
     parser.add_argument("--out", default="runs/train", help="directory for runs (default: %(default)s)")
     parser.add_argument("--tracking-uri", help="MLflow server; default: an SQLite file below --out")
@@ -195,4 +206,5 @@ def parse(argv: list[str]) -> tuple[TrainConfig, str, TrackingConfig]:
     else:
         cfg = TrainConfig.parse(load_yaml(args.config)) if args.config else named(names[0])
     tracked = TrackingConfig(uri=args.tracking_uri)
-    return cfg.override([word for word in args.words if "=" in word]), args.out, tracked
+    cfg = cfg.override([word for word in args.words if "=" in word])
+    return Asked(cfg, args.out, tracked, args.plan)

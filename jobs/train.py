@@ -5,7 +5,9 @@ from pathlib import Path
 
 from jobs import recipes, tracked
 from jobs.command import reported
+from recsys_dist.data.prepared import Prepared
 from recsys_dist.train import trainer
+from recsys_dist.train.plan import describe
 from recsys_dist.train.settings import TrainConfig
 
 
@@ -26,8 +28,12 @@ def summary(result: trainer.FitResult, cfg: TrainConfig) -> str:
 
 
 def main(argv: list[str]) -> None:
-    cfg, out, tracking = recipes.parse(argv)
-    outcome = tracked.run(cfg, Path(out), tracking, evaluate=None)
+    asked = recipes.parse(argv)
+    cfg = asked.cfg
+    if asked.plan:
+        print(describe(trainer.planned(cfg, Prepared.open(cfg.data))))
+        return
+    outcome = tracked.run(cfg, Path(asked.out), asked.tracked, evaluate=None)
     print(summary(outcome.fitted, cfg))
     print(f"MLflow run {outcome.delivery.run_id or 'not yet delivered'} at {outcome.tracking_uri}")
 

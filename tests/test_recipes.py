@@ -7,12 +7,12 @@ from recsys_dist.train.settings import TrainConfig
 
 def test_every_recipe_is_valid_and_overridable():
     for name in recipes.RECIPES:
-        cfg, out, _ = recipes.parse([name, "seed=3", "--out", "somewhere", "optimizer.deep.lr=0.5"])
+        cfg, out, *_ = recipes.parse([name, "seed=3", "--out", "somewhere", "optimizer.deep.lr=0.5"])
         assert (cfg.seed, cfg.optimizer.deep.lr, out) == (3, 0.5, "somewhere")
 
 
 def test_a_logged_config_is_read_back(tmp_path):
-    cfg, _, _ = recipes.parse(["wide_deep", "model.hidden=[7]"])
+    cfg, *_ = recipes.parse(["wide_deep", "model.hidden=[7]"])
     (tmp_path / "config.yaml").write_text(cfg.to_yaml())
     assert recipes.parse(["--config", str(tmp_path / "config.yaml")])[0] == cfg
     assert recipes.parse(["seed=9", "--config", str(tmp_path / "config.yaml")])[0].seed == 9
@@ -58,7 +58,7 @@ def test_a_model_of_ones_own_is_a_file_anywhere(tmp_path, monkeypatch):
     (tmp_path / "my_models/tower.py").write_text(TOWER)
     (tmp_path / "my_models/empty.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    cfg, _, _ = recipes.parse(["--model", "my_models.tower:Model", "model.extra=5", "model.hidden=[8]"])
+    cfg, *_ = recipes.parse(["--model", "my_models.tower:Model", "model.extra=5", "model.hidden=[8]"])
     assert (cfg.model.extra, cfg.model.hidden, cfg.task) == (5, (8,), "ranking")
     assert TrainConfig.parse(cfg.model_dump(mode="json")) == cfg, "as workers and the bundle read it"
     for name, message in (

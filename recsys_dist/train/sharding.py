@@ -9,6 +9,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ShardingPlan
 
 from recsys_dist.config import Config, nearest, rng_for
@@ -45,6 +47,7 @@ _FLOAT_BYTES = 4
 # On CPU the planner's cost model, made for GPUs, cuts every table by rows; whole tables are faster (22 tables
 # of 100k rows, 2 workers over gloo, batch 4,096: 40 ms a step against 60). Larger ones it may cut.
 _WHOLE_BYTES = 1 << 30
+_ANY_BYTES = 1 << 60
 
 
 class ShardingConfig(Config):
@@ -52,6 +55,28 @@ class ShardingConfig(Config):
 
     kind: Kind | Literal["auto"] = "auto"
     tables: dict[str, Kind] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a table is to live.
+
+    kind      of its sharding
+    fused     whether its optimizer steps inside the lookup kernel, without a gradient as large as the table
+    pooled    whether its features' ids are looked up as one vector, or as one each
+    features  whose ids are looked up in it
+    pieces    (worker, rows, columns) of each piece
+    """
+
+    name: str
+    rows: int
+    dim: int
+    kind: str
+    fused: bool
+    pooled: bool
+    rule: TableOptimizer
+    features: tuple[str, ...]
+    pieces: tuple[tuple[int, int, int], ...]
 
 
 class ShardedModel:
@@ -151,10 +176,13 @@ def shard(
     tables = _tables(model)
     connect(model)
     attach(model, rules)
-    sharders: list[Any] = [_Bags(), EmbeddingCollectionSharder()]
+    sharders = _sharders()
     constraints = _constraints(sharding, tables, rules, torch.device(device).type)
+    group = dist.group.WORLD
+    assert group is not None, "shard() needs torch.distributed; materialise() is the single-process twin"
+    planner = _planner(group.size(), constraints, torch.device(device).type)
     with _quiet():
-        plan = _plan(model, sharders, constraints, torch.device(device).type)
+        plan = planner.collective_plan(model, sharders, group)
         _keep_gradients(plan, [tables[name].name for name, rule in rules.items() if not rule.fused])
         parallel = DistributedModelParallel(
             model, plan=plan, sharders=sharders, device=torch.device(device), init_data_parallel=False
@@ -162,6 +190,48 @@ def shard(
         _fill({n: w for n, w in parallel.state_dict().items() if n in tables}, tables, seed)
         parallel.init_data_parallel()
     return ShardedModel(parallel, Optimizers(parallel.named_parameters(), rules, optimizer.dense), tables)
+
+
+def place(
+    model: nn.Module,
+    groups: Mapping[str, list[nn.Parameter]],
+    optimizer: OptimizerConfig,
+    sharding: ShardingConfig,
+    workers: int,
+    device: str = "cpu",
+) -> list[Placed]:
+    """What `shard` would do with so many workers, without any of them. Raises ConfigError as it would."""
+    rules = table_rules(model, groups, optimizer)
+    tables = _tables(model)
+    attach(model, rules)
+    constraints = _constraints(sharding, tables, rules, device)
+    planner = _planner(workers, constraints, device)
+    try:
+        with _quiet():
+            plan = planner.plan(model, _sharders())
+    except PlannerError as error:
+        raise ConfigError(f"TorchRec's planner finds no place for the tables: {error}") from None
+    found = {name: placed for module in plan.plan.values() for name, placed in module.items()}
+    return [
+        _placed(weight, table, found[table.name], rules[weight], workers) for weight, table in tables.items()
+    ]
+
+
+def _placed(weight: str, table: Any, placed: Any, rule: TableOptimizer, workers: int) -> Placed:
+    whole = (table.num_embeddings, table.embedding_dim)
+    shards = placed.sharding_spec.shards if placed.sharding_spec is not None else ()
+    pieces = [(shard.placement.rank(), *shard.shard_sizes) for shard in shards]
+    return Placed(
+        name=table.name,
+        rows=whole[0],
+        dim=whole[1],
+        kind=placed.sharding_type,
+        fused=rule.fused and placed.sharding_type != "data_parallel",
+        pooled=".embeddings." not in f".{weight}",
+        rule=rule,
+        features=tuple(table.feature_names),
+        pieces=tuple(pieces or [(worker, *whole) for worker in range(workers)]),
+    )
 
 
 def materialise(model: nn.Module, seed: int, device: torch.device | str = "cpu") -> nn.Module:
@@ -256,14 +326,22 @@ def _kinds(cfg: ShardingConfig, table: Any, weight: str, rule: TableOptimizer, d
     ]
 
 
-def _plan(
-    model: nn.Module, sharders: list[Any], constraints: dict[str, ParameterConstraints], device: str
-) -> ShardingPlan:
-    group = dist.group.WORLD
-    assert group is not None, "shard() needs torch.distributed; materialise() is the single-process twin"
-    topology = Topology(world_size=group.size(), compute_device=device)
-    planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints, stats=[])
-    return planner.collective_plan(model, sharders, group)
+def _sharders() -> list[Any]:
+    return [_Bags(), EmbeddingCollectionSharder()]
+
+
+def _planner(
+    workers: int, constraints: dict[str, ParameterConstraints], device: str
+) -> EmbeddingShardingPlanner:
+    # what fits is asked beforehand, of the real machines: see train.plan
+    memory = {"ddr_cap": _ANY_BYTES} if device == "cpu" else {"hbm_cap": _gpu_bytes(), "ddr_cap": _ANY_BYTES}
+    topology = Topology(world_size=workers, compute_device=device, **memory)
+    with _quiet():
+        return EmbeddingShardingPlanner(topology=topology, constraints=constraints, stats=[])
+
+
+def _gpu_bytes() -> int:
+    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else _ANY_BYTES
 
 
 def _keep_gradients(plan: ShardingPlan, tables: list[str]) -> None:

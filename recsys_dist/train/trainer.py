@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -24,6 +25,7 @@ from recsys_dist.data.output import write_text
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import ConfigError, RecsysError, SupersededError, TrainError
 from recsys_dist.train.fence import take_over
+from recsys_dist.train.plan import Plan, plan
 from recsys_dist.train.pretrained import RESULT
 from recsys_dist.train.progress import PROGRESS, read
 from recsys_dist.train.settings import TrainConfig
@@ -62,6 +64,7 @@ def fit(cfg: TrainConfig, out: str | Path, on_report: OnReport | None = None) ->
     run = run_directory(cfg, prepared, out)
     with _reports(run / PROGRESS, on_report):
         if not (run / RESULT).exists():
+            planned(cfg, prepared)
             session.connect()
             _check_cluster(cfg)
             write_text(cfg.to_yaml(), run / "config.yaml")
@@ -71,6 +74,18 @@ def fit(cfg: TrainConfig, out: str | Path, on_report: OnReport | None = None) ->
             (run / RESERVE).unlink(missing_ok=True)
     found = json.loads((run / RESULT).read_text())
     return FitResult(run=run, **{**found, "checkpoint": run / found["checkpoint"]})
+
+
+def planned(cfg: TrainConfig, prepared: Prepared) -> Plan:
+    """What would be placed where; ConfigError where it does not go together, or could not be held here.
+
+    What fits on a cluster that one joins is not known beforehand.
+    """
+    cfg.check(prepared)
+    found = plan(cfg, prepared)
+    if not os.environ.get("RAY_ADDRESS") and not cfg.use_gpu:
+        found.refuse_beyond(psutil.virtual_memory().total)
+    return found
 
 
 def run_directory(cfg: TrainConfig, prepared: Prepared, out: str | Path) -> Path:

@@ -74,7 +74,7 @@ def test_a_sweep_is_killed_goes_on_and_its_best_can_be_trained(tmp_path: Path) -
     )
     _, manifest = load_for_inference(best)
     assert manifest.metrics["auc"] == found["best"]["value"]
-    cfg, _, _ = recipes.parse(["--config", str(files[0].parent / "best.yaml")])
+    cfg, *_ = recipes.parse(["--config", str(files[0].parent / "best.yaml")])
     assert list(cfg.model.hidden) == found["best"]["settings"]["model.hidden"]
     assert (cfg.refit, cfg.newest_fraction, cfg.model.embedding_dim) == (True, 1.0, 8)
     assert {file.suffix for file in (files[0].parent / "plots").iterdir()} == {".svg"}

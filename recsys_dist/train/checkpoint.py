@@ -9,7 +9,8 @@ import hashlib
 import logging
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from recsys_dist.errors import CheckpointError, DataError
 from recsys_dist.models.protocol import Catalogue, model_module, model_schema
 from recsys_dist.schema import Schema
 from recsys_dist.train.loop import Loss, Totals, Workers
+from recsys_dist.train.pieces import copied
 from recsys_dist.train.sharding import ShardedModel, materialise
 
 MANIFEST = "manifest.json"
@@ -93,20 +95,66 @@ def save(
     Raises CheckpointError, on all workers alike, where it cannot be written, as on a full disk; older
     checkpoints stay as they were.
     """
-    at = f"epoch-{manifest.epoch:04d}" if manifest.position is None else f"step-{manifest.step:09d}"
-    path = root / workers.agree(f"{at}-{uuid.uuid4().hex[:8]}")
+    return _write(root, _state(sharded, catalogue), _with_plan(manifest, sharded, workers), workers)
+
+
+class Background:
+    """Saves while training goes on: what is to be saved is copied, and written by a thread.
+
+    The thread talks to those of the other workers in a group of their own.
+    """
+
+    def __init__(self, workers: Workers, timeout_s: float) -> None:
+        self._workers = workers.apart(timeout_s)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running: Future[None] | None = None
+
+    def save(
+        self,
+        root: Path,
+        sharded: ShardedModel,
+        catalogue: Catalogue,
+        manifest: Manifest,
+        then: Callable[[Checkpoint], None] = lambda _: None,
+    ) -> None:
+        """`checkpoint.save` of what there is now, `then` what is to follow. Collective.
+
+        Waits for the one before, and raises what that one raised.
+        """
+        self.wait()
+        state = {name: copied(value) for name, value in _state(sharded, catalogue).items()}
+        manifest = _with_plan(manifest, sharded, self._workers)
+        self._running = self._pool.submit(lambda: then(_write(root, state, manifest, self._workers)))
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises what `checkpoint.save` would have raised."""
+        if self._running is not None:
+            running, self._running = self._running, None
+            running.result()
+
+
+def _state(sharded: ShardedModel, catalogue: Catalogue) -> dict[str, Any]:
     state = {**_live_state(sharded), "catalogue.positives": catalogue.positives}
     state |= {f"{_ITEM_FEATURE}{name}": values for name, values in catalogue.features.items()}
-    state |= {f"dense.{key}": value for key, value in sharded.optimizers.state().items()}
+    return state | {f"dense.{key}": value for key, value in sharded.optimizers.state().items()}
+
+
+def _with_plan(manifest: Manifest, sharded: ShardedModel, workers: Workers) -> Manifest:
+    placed = {"plan": sharded.plan(), "workers": workers.size}
+    return Manifest.parse({**manifest.model_dump(), **placed})
+
+
+def _write(root: Path, state: dict[str, Any], manifest: Manifest, workers: Workers) -> Checkpoint:
+    at = f"epoch-{manifest.epoch:04d}" if manifest.position is None else f"step-{manifest.step:09d}"
+    path = root / workers.agree(f"{at}-{uuid.uuid4().hex[:8]}")
     writer = FileSystemWriter(path, sync_files=True)
     with _removing_torn(path):
-        dcp.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
+        dcp.save(state, storage_writer=writer, process_group=workers.group, no_dist=not dist.is_initialized())
     mine = {f.name: _entry(f) for f in sorted(path.iterdir()) if _belongs_to(f.name, workers.rank)}
     entries: dict[str, FileEntry] = {}
     for theirs in workers.gather(mine):
         entries |= theirs
-    placed = {"files": entries, "plan": sharded.plan(), "workers": workers.size}
-    manifest = Manifest.parse({**manifest.model_dump(), **placed})
+    manifest = Manifest.parse({**manifest.model_dump(), "files": entries})
     refused = None
     if workers.rank == 0:
         try:

@@ -7,6 +7,7 @@ divided by the global weight and multiplied by the number of workers, which the 
 gradients and of TorchRec's sparse ones takes out again.
 """
 
+import datetime as dt
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -32,16 +33,23 @@ _UNREAD_STEPS = {"cpu": 1, "cuda": 8}
 class Workers:
     """Sums over all workers; without torch.distributed there is one."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
         self.size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
+
+    def apart(self, timeout_s: float) -> "Workers":
+        """The same workers, who may talk in another thread meanwhile. Collective."""
+        if self.size == 1:
+            return self
+        return Workers(dist.new_group(backend="gloo", timeout=dt.timedelta(seconds=timeout_s)))
 
     def start_sum(self, values: list[float]) -> Callable[[], list[float]]:
         """Begin a sum of `values` over the workers; call the result to wait for it. Collective."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.size == 1:
             return total.tolist
-        work = dist.all_reduce(total, async_op=True)
+        work = dist.all_reduce(total, async_op=True, group=self.group)
 
         def wait() -> list[float]:
             work.wait()
@@ -53,7 +61,7 @@ class Workers:
         """`value` of every worker, on every worker. Collective; pickles: for what is rare."""
         gathered = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(gathered, value)
+            dist.all_gather_object(gathered, value, group=self.group)
         return gathered
 
     def agree(self, value: T) -> T:

@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from pydantic import Field
 from torch import nn
-from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata
-from torch.distributed._shard.sharding_spec import ShardMetadata
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
@@ -38,6 +37,7 @@ from recsys_dist.train.optim import (
     attach,
     table_rules,
 )
+from recsys_dist.train.pieces import pieces, placed_as
 
 Kind = Literal["table_wise", "row_wise", "column_wise", "data_parallel"]
 
@@ -117,7 +117,7 @@ class ShardedModel:
         weights = self.weights()
         for name, local in self.optimizers.accumulators().items():
             whole = weights[name]
-            sums[name] = _placed_as(whole, local) if isinstance(whole, ShardedTensor) else local
+            sums[name] = placed_as(whole, local) if isinstance(whole, ShardedTensor) else local
         return sums
 
     @torch.no_grad()
@@ -126,7 +126,7 @@ class ShardedModel:
 
         Each worker sets those that live with it.
         """
-        for tensor, (row, column), (height, width) in _pieces(self.weights()[name], self.tables[name]):
+        for tensor, (row, column), (height, width) in pieces(self.weights()[name], self.tables[name]):
             unknown = max(0, 1 - row)
             tensor[unknown:].copy_(values[row + unknown : row + height, column : column + width])
 
@@ -134,23 +134,6 @@ class ShardedModel:
         """Table -> {"kind", "ranks"}."""
         placed = [item for module in self.model.plan.plan.values() for item in module.items()]
         return {t: {"kind": p.sharding_type, "ranks": list(p.ranks or [])} for t, p in placed}
-
-
-def _placed_as(weight: ShardedTensor, local: torch.Tensor) -> ShardedTensor:
-    """`local` [this worker's rows] or [.., n] as part of a tensor that lies where the weight's rows do."""
-    found, columns = weight.metadata(), list(local.shape[1:])
-    shards = [
-        ShardMetadata(
-            [shard.shard_offsets[0], *(0 for _ in columns)], [shard.shard_sizes[0], *columns], shard.placement
-        )
-        for shard in found.shards_metadata
-    ]
-    mine = [
-        Shard(local, s) for s in shards if s.placement is not None and s.placement.rank() == dist.get_rank()
-    ]
-    size = torch.Size([found.size[0], *columns])
-    whole = ShardedTensorMetadata(shards, size, found.tensor_properties)
-    return ShardedTensor._init_from_local_shards_and_global_metadata(mine, whole)
 
 
 class _Bags(EmbeddingBagCollectionSharder):
@@ -335,8 +318,8 @@ def _planner(
 ) -> EmbeddingShardingPlanner:
     # what fits is asked beforehand, of the real machines: see train.plan
     memory = {"ddr_cap": _ANY_BYTES} if device == "cpu" else {"hbm_cap": _gpu_bytes(), "ddr_cap": _ANY_BYTES}
-    topology = Topology(world_size=workers, compute_device=device, **memory)
     with _quiet():
+        topology = Topology(world_size=workers, compute_device=device, **memory)
         return EmbeddingShardingPlanner(topology=topology, constraints=constraints, stats=[])
 
 
@@ -359,19 +342,11 @@ def _keep_gradients(plan: ShardingPlan, tables: list[str]) -> None:
 def _fill(weights: Mapping[str, Any], tables: Mapping[str, Any], seed: int) -> None:
     for name, weight in weights.items():
         config = tables[name]
-        for tensor, (row, column), (height, width) in _pieces(weight, config):
+        for tensor, (row, column), (height, width) in pieces(weight, config):
             for start, block in _blocks(config, seed, name, row, row + height):
                 first, last = max(row, start), min(row + height, start + len(block))
                 values = block[first - start : last - start, column : column + width]
                 tensor[first - row : last - row].copy_(values)
-
-
-def _pieces(weight: Any, config: Any) -> list[tuple[torch.Tensor, list[int], list[int]]]:
-    """What of a table lives here: values, first row and column, rows and columns."""
-    if isinstance(weight, ShardedTensor):
-        local = weight.local_shards()
-        return [(s.tensor, s.metadata.shard_offsets, s.metadata.shard_sizes) for s in local]
-    return [(weight, [0, 0], [config.num_embeddings, config.embedding_dim])]
 
 
 def _blocks(config: Any, seed: int, name: str, first: int, last: int) -> Iterator[tuple[int, torch.Tensor]]:

@@ -8,6 +8,7 @@ from its newest whole checkpoint. All workers take every decision alike, from wh
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,7 @@ class Run:
         self.fence = fence
         self.workers = Workers()
         self._only_if(fence.take)
+        self.background = checkpoints.Background(self.workers, cfg.timeout_s)
         self.prepared = Prepared.open(cfg.data)
         self.schema = cfg.inputs(self.prepared)
         self.device = ray.train.torch.get_device() if cfg.use_gpu else torch.device("cpu")
@@ -302,7 +304,14 @@ class Run:
                 trained=with_trained(before.trained, done), totals=replace(totals, gradients={})
             )
             now = {"step": first + totals.steps, "position": position}
-            self._save(phase, sharded, catalogue, Manifest.parse({**manifest.model_dump(), **now}))
+            self._only_if(self.fence.holds)
+            self.background.save(
+                self.path / phase.name,
+                sharded,
+                catalogue,
+                Manifest.parse({**manifest.model_dump(), **now}),
+                then=partial(self._retain, phase),
+            )
 
         epoch.save = save
         share = shares[self.workers.rank]
@@ -354,24 +363,23 @@ class Run:
     def _commit(
         self, phase: Phase, sharded: ShardedModel, catalogue: Catalogue, manifest: Manifest
     ) -> Checkpoint:
-        saved = self._save(phase, sharded, catalogue, manifest)
+        root = self.path / phase.name
+        self.background.wait()
+        self._only_if(self.fence.holds)
+        saved = checkpoints.save(root, sharded, catalogue, manifest, self.workers)
+        self._retain(phase, saved)
         entry = saved.manifest.history[-1]
         self.progress.epoch(phase.name, phase.epochs, entry)
         ray.train.report({"phase": phase.name, **entry})
         return saved
 
-    def _save(
-        self, phase: Phase, sharded: ShardedModel, catalogue: Catalogue, manifest: Manifest
-    ) -> Checkpoint:
-        """Save, and forget all but this checkpoint and that of the best epoch. Collective."""
-        root = self.path / phase.name
-        self._only_if(self.fence.holds)
-        saved = checkpoints.save(root, sharded, catalogue, manifest, self.workers)
-        if self.workers.rank == 0 and self.fence.holds():
-            history = manifest.history if phase.valid else []
-            best = f"epoch-{best_epoch(history, self.cfg.chosen_metric):04d}-*" if history else None
-            checkpoints.retain(root, [saved.path, *(root.glob(best) if best else [])])
-        return saved
+    def _retain(self, phase: Phase, saved: Checkpoint) -> None:
+        """Forget all checkpoints of a phase but this one and that of the best epoch."""
+        if self.workers.rank > 0 or not self.fence.holds():
+            return
+        root, history = self.path / phase.name, saved.manifest.history
+        best = best_epoch(history, self.cfg.chosen_metric) if phase.valid and history else 0
+        checkpoints.retain(root, [saved.path, *root.glob(f"epoch-{best:04d}-*")])
 
 
 def _first_step(manifest: Manifest) -> int:

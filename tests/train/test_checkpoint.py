@@ -101,6 +101,39 @@ def test_training_goes_on_at_another_worker_count_and_sharding(tmp_path, optimiz
             np.testing.assert_allclose(resumed["two"][name], value, atol=2e-5, err_msg=name)
 
 
+def save_behind(rank: int, root: str) -> dict[str, dict[str, np.ndarray]]:
+    """Trains on while it is being written; another one waits for that."""
+    sharded, workers = sharded_model({"tables": {"user": "row_wise", "item": "data_parallel"}}), Workers()
+    background, kept = checkpoints.Background(workers, 60), []
+    one_epoch(rank, 2, sharded)
+    background.save(Path(root), sharded, catalogue(), manifest(1), then=lambda saved: kept.append(saved.path))
+    at_one = state(sharded)
+    one_epoch(rank, 2, sharded)
+    background.save(Path(root), sharded, catalogue(), manifest(2), then=lambda saved: kept.append(saved.path))
+    assert [path.name[:10] for path in kept] == ["epoch-0001"] and verify(kept[0]).workers == 2
+    at_two = state(sharded)
+    one_epoch(rank, 2, sharded)
+    background.wait()
+    return {"1": at_one, "2": at_two}
+
+
+def load_numbered(_rank: int, root: str, number: str) -> dict[str, np.ndarray]:
+    sharded = sharded_model({})
+    [path] = Path(root).glob(f"epoch-000{number}-*")
+    checkpoints.load(checkpoints.Checkpoint(path, verify(path)), sharded)
+    return state(sharded)
+
+
+@pytest.mark.ranks
+def test_what_is_saved_behind_training_is_what_there_was_when_it_began(tmp_path):
+    found = run_ranks(2, save_behind, str(tmp_path))[0]
+    for number, expected in found.items():
+        loaded = run_ranks(1, load_numbered, str(tmp_path), number)[0]
+        for name, value in expected.items():
+            np.testing.assert_array_equal(loaded[name], value, err_msg=f"{number} {name}")
+    assert any(not np.array_equal(found["1"][name], found["2"][name]) for name in found["1"])
+
+
 def save_two(rank: int, root: str) -> dict[str, np.ndarray]:
     sharded = sharded_model({})
     one_epoch(rank, 2, sharded)

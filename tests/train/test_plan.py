@@ -13,9 +13,10 @@ from recsys_dist.errors import ConfigError
 from recsys_dist.models.protocol import model_module
 from recsys_dist.train.catalogue import catalogue_of
 from recsys_dist.train.loop import Loss
+from recsys_dist.train.pieces import pieces
 from recsys_dist.train.plan import describe, plan
 from recsys_dist.train.settings import TrainConfig
-from recsys_dist.train.sharding import _pieces, shard
+from recsys_dist.train.sharding import shard
 from tests.train import prepared, tiny
 from tests.train.ranks import run_ranks
 
@@ -82,7 +83,7 @@ def placed(rank: int, path: str, settings: dict) -> dict[str, list[tuple[int, in
     sharded = shard(Loss(model), model.table_groups(), cfg.optimizer, cfg.sharding, 0)
     weights = sharded.weights()
     return {
-        table.name: [(rank, *size) for _, _, size in _pieces(weights[name], table)]
+        table.name: [(rank, *size) for _, _, size in pieces(weights[name], table)]
         for name, table in sharded.tables.items()
     }
 

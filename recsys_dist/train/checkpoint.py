@@ -104,8 +104,8 @@ class Background:
     The thread talks to those of the other workers in a group of their own.
     """
 
-    def __init__(self, workers: Workers, timeout_s: float) -> None:
-        self._workers = workers.apart(timeout_s)
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers.apart()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
 

@@ -7,7 +7,6 @@ divided by the global weight and multiplied by the number of workers, which the 
 gradients and of TorchRec's sparse ones takes out again.
 """
 
-import datetime as dt
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -38,11 +37,12 @@ class Workers:
         self.size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
 
-    def apart(self, timeout_s: float) -> "Workers":
-        """The same workers, who may talk in another thread meanwhile. Collective."""
-        if self.size == 1:
-            return self
-        return Workers(dist.new_group(backend="gloo", timeout=dt.timedelta(seconds=timeout_s)))
+    def apart(self) -> "Workers":
+        """The same workers, who may talk in another thread meanwhile, and wait long. Collective.
+
+        (A lost worker is noticed by those who talk in every step.)
+        """
+        return self if self.size == 1 else Workers(dist.new_group(backend="gloo"))
 
     def start_sum(self, values: list[float]) -> Callable[[], list[float]]:
         """Begin a sum of `values` over the workers; call the result to wait for it. Collective."""

@@ -24,7 +24,7 @@ from recsys_dist.train.loop import Loss
 from recsys_dist.train.settings import TrainConfig
 from recsys_dist.train.sharding import Placed, place
 
-Share = Literal["weights", "optimizer", "gradients", "lookups"]
+Share = Literal["weights", "optimizer", "gradients", "lookups", "copy"]
 _FLOAT, _ID = 4, 4  # bytes
 _ADAM = 2  # floats of state per dense weight
 _SAMPLE_ROWS = 4096  # of the first shard, to learn how many ids a row has
@@ -35,8 +35,9 @@ class Plan:
     """The tables, and bytes.
 
     holds      [W] each: a worker's tables and dense weights; optimizer states; gradients that are kept until
-               the step; vectors looked up for a batch, and their gradients. Neither the process itself nor
-               what a model's own layers keep for the backward pass is in it
+               the step; vectors looked up for a batch, and their gradients; the copy of weights and states
+               from which a checkpoint within an epoch is written. Neither the process itself nor what a
+               model's own layers keep for the backward pass is in it
     exchanged  table -> sent between workers in a step, over all of them: ids, vectors and their gradients;
                `dense` is the sum of the dense gradients
     """
@@ -133,6 +134,8 @@ def _holds(
             holds["gradients"][worker] += 0 if table.fused else rows * wide * _FLOAT
         vectors = cfg.rows_per_worker * _vectors_per_row(table, ids)
         holds["lookups"] += int(2 * vectors * table.dim * _FLOAT)
+    copied = cfg.checkpoint_every_s is not None
+    holds["copy"] = (holds["weights"] + holds["optimizer"]) * copied
     return holds
 
 

@@ -119,7 +119,7 @@ class Run:
         self.fence = fence
         self.workers = Workers()
         self._only_if(fence.take)
-        self.background = checkpoints.Background(self.workers, cfg.timeout_s)
+        self.background = checkpoints.Background(self.workers)
         self.prepared = Prepared.open(cfg.data)
         self.schema = cfg.inputs(self.prepared)
         self.device = ray.train.torch.get_device() if cfg.use_gpu else torch.device("cpu")

@@ -104,7 +104,7 @@ def test_training_goes_on_at_another_worker_count_and_sharding(tmp_path, optimiz
 def save_behind(rank: int, root: str) -> dict[str, dict[str, np.ndarray]]:
     """Trains on while it is being written; another one waits for that."""
     sharded, workers = sharded_model({"tables": {"user": "row_wise", "item": "data_parallel"}}), Workers()
-    background, kept = checkpoints.Background(workers, 60), []
+    background, kept = checkpoints.Background(workers), []
     one_epoch(rank, 2, sharded)
     background.save(Path(root), sharded, catalogue(), manifest(1), then=lambda saved: kept.append(saved.path))
     at_one = state(sharded)

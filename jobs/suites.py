@@ -111,10 +111,8 @@ _DECAYED = (  # 202,027 rows are few: without it the tables fit them by heart
 )
 _FRAPPE_OWN = {
     "DeepFM": ("optimizer.plateau=0.1",),
-    "DLRM": (
-        "model.interaction=cat",
-        "optimizer.plateau=0.1",
-    ),  # as BARS' row has it; without floats dots leave out the fields
+    # the interaction of BARS' row: without floats, dots leave out the fields themselves
+    "DLRM": ("model.interaction=cat", "optimizer.plateau=0.1"),
     # without a tower they need larger weights
     "LR": ("optimizer.wide.lr=0.2", "optimizer.wide.weight_decay=0.00001", "epochs=60"),
     "FM": (

@@ -13,13 +13,12 @@ from recsys_dist import cpu
 from recsys_dist.batch import Batch
 from recsys_dist.data.collate import collate, columns
 from recsys_dist.data.feed import Feed
-from recsys_dist.data.order import deal, shuffled, stored
+from recsys_dist.data.order import deal, evenly, shuffled, stored
 from recsys_dist.models.layers import MLP
 from recsys_dist.models.wide_deep import Config, Model
 from recsys_dist.schema import Schema
 from recsys_dist.train.loop import Epoch, Loss, Workers, idle_batch
 from recsys_dist.train.optim import OptimizerConfig
-from recsys_dist.train.settings import exact_div
 from recsys_dist.train.sharding import ShardingConfig, shard
 
 _IDS, _TABLE_ROWS, _FLOATS = 10, 100_000, 8
@@ -53,11 +52,12 @@ class BenchWorker:
         """Meet the others of the group."""
         cpu.configure(1)
         dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-        self.rows = exact_div(batch_rows, world, "--batch-rows", "workers")
-        self.share = deal(shuffled(stored(files, columns(BENCH_SCHEMA)), 0, 1), world)[rank]
-        self.idle = idle_batch(BENCH_SCHEMA, self.rows)
+        parts = evenly(batch_rows, world)
+        self.rows = parts[rank]
+        self.share = deal(shuffled(stored(files, columns(BENCH_SCHEMA)), 0, 1), parts)[rank]
+        self.idle = idle_batch(BENCH_SCHEMA, max(parts))
         self.batches = list(itertools.islice(self._load(), _DISTINCT_BATCHES))
-        self.steps = exact_div(sum(rows for _, rows in files), batch_rows, "rows", "--batch-rows")
+        self.steps = sum(rows for _, rows in files) // batch_rows
 
     def build(self, hidden: tuple[int, ...]) -> None:
         """Models of the next measurements, ours and the plain one."""

@@ -10,6 +10,7 @@ of a gradient, a second one less and in the same direction: after one epoch a ro
 it was trained once, 0 where it was lost, and less than -lr where it was repeated.
 """
 
+import time
 from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
@@ -30,10 +31,11 @@ _ROW_OF = 0xFFFFFFFF  # a row id is shard << 32 | row
 
 
 class Config(ModelConfig):
-    """`shards` are the rows of each training shard, in order."""
+    """`shards` are the rows of each training shard, in order; a step waits `pause_s`, to be killed in."""
 
     name: Literal["jobs.ledger_model:Model"] = "jobs.ledger_model:Model"
     shards: tuple[int, ...] = ()
+    pause_s: float = 0.0
 
 
 class Model(nn.Module):
@@ -43,6 +45,7 @@ class Model(nn.Module):
         super().__init__()
         del catalogue
         self.label = schema.ranking_label
+        self._pause_s = cfg.pause_s
         table = EmbeddingBagConfig(
             name="row",
             num_embeddings=1 + sum(cfg.shards),  # row 0: padding
@@ -68,6 +71,7 @@ class Model(nn.Module):
     def loss(self, batch: Batch, step: int) -> torch.Tensor:
         """[B]"""
         del step
+        time.sleep(self._pause_s)
         real = batch.row_id >= 0
         at = torch.where(real, self.first[batch.row_id.clamp(min=0) >> 32] + (batch.row_id & _ROW_OF), 0)
         ids = KeyedJaggedTensor(keys=["row"], values=at, lengths=torch.ones_like(at, dtype=torch.int32))

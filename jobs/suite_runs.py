@@ -155,7 +155,7 @@ def hardware(cfg: TrainConfig) -> str:
     """What trains, for people."""
     cores = len(os.sched_getaffinity(0))
     gpu = torch.cuda.get_device_name() if cfg.use_gpu else "no GPU"
-    return f"{cores} CPU cores, {gpu}, {cfg.num_workers} worker{'s' if cfg.num_workers > 1 else ''}"
+    return f"{cores} CPU cores, {gpu}, {cfg.workers_in_words}"
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

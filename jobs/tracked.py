@@ -146,6 +146,8 @@ def _curve_recorder(record: Recorder) -> Callable[[dict[str, Any]], None]:
 
     def on_report(line: dict[str, Any]) -> None:
         phase = line["phase"]
+        if line["kind"] == "rollback":
+            return
         if line["kind"] == "curve":
             step, prefix = line["step"], phase
             found = {"loss": line["loss"], "rows_per_s": line["rows_per_s"]}

@@ -22,7 +22,7 @@ def summary(result: trainer.FitResult, cfg: TrainConfig) -> str:
     return (
         f"{cfg.model.name}, validated after each epoch:\n{epochs}\n"
         f"epoch {result.chosen_epoch} was best{refit}; "
-        f"{result.rows_per_s:,.0f} rows/s with {cfg.num_workers} worker(s)\n"
+        f"{result.rows_per_s:,.0f} rows/s with {cfg.workers_in_words}\n"
         f"checkpoint: {result.checkpoint}"
     )
 
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     asked = recipes.parse(argv)
     cfg = asked.cfg
     if asked.plan:
-        print(describe(trainer.planned(cfg, Prepared.open(cfg.data))))
+        print("\n\n".join(map(describe, trainer.planned(cfg, Prepared.open(cfg.data)))))
         return
     outcome = tracked.run(cfg, Path(asked.out), asked.tracked, evaluate=None)
     print(summary(outcome.fitted, cfg))

@@ -3,7 +3,7 @@
 An epoch goes through the shards in an order drawn from (seed, epoch), and through the rows of a shard in one
 drawn from (seed, epoch, shard). Positions count rows in that order, whoever trains them: what was trained are
 intervals of positions per shard, and what is left is dealt to as many workers as there are now. Where the
-workers are as many as before, each goes on with its own share: they took equally many rows of it.
+workers are as many as before, each goes on with its own share: each took its part of every batch of it.
 """
 
 import itertools
@@ -65,10 +65,18 @@ def shuffled(pieces: Sequence[Piece], seed: int, epoch: int) -> list[Piece]:
     return [replace(pieces[i], seed=seed, epoch=epoch) for i in order]
 
 
-def deal(pieces: Sequence[Piece], workers: int) -> list[list[Piece]]:
-    """Cut pieces into a consecutive share per worker; shares differ by a row at most."""
+def evenly(rows: int, workers: int) -> list[int]:
+    """Each worker's part of so many rows: alike, or one more with the first ones."""
+    return [rows // workers + (worker < rows % workers) for worker in range(workers)]
+
+
+def deal(pieces: Sequence[Piece], parts: Sequence[int]) -> list[list[Piece]]:
+    """Cut pieces into a consecutive share per worker, as large as their `parts` of a batch to a row.
+
+    What is left after whole batches, dealt again in the same parts, is what was left of each share.
+    """
     total = sum(piece.rows for piece in pieces)
-    ends = [total * (worker + 1) // workers for worker in range(workers)]  # shares meet: no row is lost
+    ends = [total * end // sum(parts) for end in itertools.accumulate(parts)]  # shares meet: no row is lost
     shares, left = [], list(pieces)
     for start, stop in itertools.pairwise([0, *ends]):
         share, left = cut(left, stop - start)

@@ -77,10 +77,11 @@ class BatchNorm(nn.Module):
         variance = (second / count - offset.square()).clamp(min=0)
         mean = self.mean + offset
         with torch.no_grad():
-            seen = (sums[-1] > 0).to(x_BH.dtype) * self.momentum
+            # nor is a batch remembered that is not finite: training may leave it out
+            seen = ((sums[-1] > 0) & sums.isfinite().all()).to(x_BH.dtype) * self.momentum
             unbiased = variance * count / (count - 1).clamp(min=1)
-            self.mean.lerp_(mean, seen)
-            self.variance.lerp_(unbiased, seen)
+            self.mean.lerp_(mean.nan_to_num(), seen)
+            self.variance.lerp_(unbiased.nan_to_num(), seen)
         return mean, (variance + self.eps).rsqrt()
 
 

@@ -7,6 +7,7 @@ is torn and is passed over. (DCP's own `.metadata` is a pickle: it is read only 
 
 import hashlib
 import logging
+import math
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -25,11 +26,11 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader, 
 
 from recsys_dist.config import Config
 from recsys_dist.data.output import naming, write_text
-from recsys_dist.errors import CheckpointError, DataError
+from recsys_dist.errors import CheckpointError, DataError, NonFiniteLossError
 from recsys_dist.models.protocol import Catalogue, model_module, model_schema
 from recsys_dist.schema import Schema
 from recsys_dist.train.loop import Loss, Totals, Workers
-from recsys_dist.train.pieces import copied
+from recsys_dist.train.pieces import copied, local
 from recsys_dist.train.sharding import ShardedModel, materialise
 
 MANIFEST = "manifest.json"
@@ -70,6 +71,7 @@ class Manifest(Config):
     step: int
     history: list[dict[str, Any]]  # an entry per finished epoch, metrics included
     position: Position | None = None  # None: between two epochs
+    rollbacks: int = 0  # how often training went back to a checkpoint before this one, up to it
     plan: dict[str, Any] = Field(default_factory=dict)
     workers: int = 1
 
@@ -92,8 +94,8 @@ def save(
 ) -> Checkpoint:
     """Write a checkpoint into a fresh directory below `root`. Collective; all workers see one file system.
 
-    Raises CheckpointError, on all workers alike, where it cannot be written, as on a full disk; older
-    checkpoints stay as they were.
+    Raises, on all workers alike, CheckpointError where it cannot be written, as on a full disk, and
+    NonFiniteLossError where there is a number that is none; older checkpoints stay as they were.
     """
     return _write(root, _state(sharded, catalogue), _with_plan(manifest, sharded, workers), workers)
 
@@ -139,12 +141,20 @@ def _state(sharded: ShardedModel, catalogue: Catalogue) -> dict[str, Any]:
     return state | {f"dense.{key}": value for key, value in sharded.optimizers.state().items()}
 
 
+def _finite(state: dict[str, Any]) -> bool:
+    """Whether this worker's part has neither NaN nor infinity in it."""
+    held = [tensor for value in state.values() for tensor in local(value)]
+    return all(math.isfinite(t.sum(dtype=torch.float64)) for t in held if t.is_floating_point())
+
+
 def _with_plan(manifest: Manifest, sharded: ShardedModel, workers: Workers) -> Manifest:
     placed = {"plan": sharded.plan(), "workers": workers.size}
     return Manifest.parse({**manifest.model_dump(), **placed})
 
 
 def _write(root: Path, state: dict[str, Any], manifest: Manifest, workers: Workers) -> Checkpoint:
+    if not all(workers.gather(_finite(state))):
+        raise NonFiniteLossError(f"after step {manifest.step} weights are not finite; they are not saved")
     at = f"epoch-{manifest.epoch:04d}" if manifest.position is None else f"step-{manifest.step:09d}"
     path = root / workers.agree(f"{at}-{uuid.uuid4().hex[:8]}")
     writer = FileSystemWriter(path, sync_files=True)

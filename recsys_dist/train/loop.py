@@ -7,6 +7,7 @@ divided by the global weight and multiplied by the number of workers, which the 
 gradients and of TorchRec's sparse ones takes out again.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -85,18 +86,26 @@ class Loss(nn.Module):
 class Totals:
     """What an epoch came to so far, over all workers; what ends in `_s`, and `seconds`, is this worker's.
 
+    rows        that were trained
+    skipped     rows of the batches that were left out for a loss that is not finite
     seconds     of training, without what saving took
     gradients   layer -> L2 norm of its gradient, at the newest step that was sampled
     """
 
     steps: int = 0
     rows: int = 0
+    skipped: int = 0
     weight: float = 0.0
     loss_sum: float = 0.0
     loader_s: float = 0.0
     saving_s: float = 0.0
     seconds: float = 0.0
     gradients: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> int:
+        """Rows that the epoch has gone through."""
+        return self.rows + self.skipped
 
     @property
     def loss(self) -> float:
@@ -128,7 +137,9 @@ class Epoch:
     sample_steps  steps from one sample of the layers' gradient norms to the next; 0 takes none
     seed          of what the model draws in a step, as dropout does, which then depends on its number alone
     due           asked of rank 0 before each step: whether to save after it
-    save          called then on all workers, with the rows that this one has trained. Collective
+    save          called then on all workers, with the rows that this one has had. Collective
+    skip_steps    in a row that may have a loss that is not finite; no worker steps then. The workers ask
+                  each other before each backward pass where it is not 0
     totals        what to go on from
     """
 
@@ -141,12 +152,16 @@ class Epoch:
     seed: int | None = None
     due: Callable[[], bool] = lambda: False
     save: Callable[[int], None] = lambda _: None
+    skip_steps: int = 0
     totals: Totals = field(default_factory=Totals)
+
+    def __post_init__(self) -> None:
+        self._left_out = 0  # steps in a row, up to now
 
     def run(self, batches: Iterator[Batch], step: int) -> Totals:
         """Train until no worker has data; `step` numbers the first step. Collective.
 
-        Raises NonFiniteLossError, on all workers alike, naming rows of the first bad batch.
+        Raises NonFiniteLossError, on all workers alike, naming rows of the newest bad batch.
         """
         began = time.perf_counter()
         self.model.train()
@@ -200,21 +215,32 @@ class Epoch:
             torch.manual_seed(self.seed + step)
         losses = self.model(batch, step)
         loss_sum = (losses * batch.weight).sum()
+        if self.skip_steps and not self._finite_everywhere(loss_sum):
+            return _Step(step, batch.row_id, losses.detach(), loss_sum.detach(), rows, weight, {})
         (loss_sum * (self.workers.size / weight if weight else 0.0)).backward()
         sampled = self.sample_steps > 0 and step % self.sample_steps == 0
         gradients = self.optimizers.gradient_norms() if sampled else {}
         self.optimizers.step()
         return _Step(step, batch.row_id, losses.detach(), loss_sum.detach(), rows, weight, gradients)
 
+    def _finite_everywhere(self, loss_sum: torch.Tensor) -> bool:
+        [bad] = self.workers.start_sum([float(not loss_sum.isfinite())])()
+        return bad == 0
+
     def _settle(self, known: deque[_Step], sums: list[float]) -> None:
         for total in sums:
             step = known.popleft()
-            if not -float("inf") < total < float("inf"):
-                raise NonFiniteLossError(self._blame(step))
             self.totals.steps += 1
-            self.totals.rows += int(step.rows)
-            self.totals.weight += step.weight
-            self.totals.loss_sum += total
+            if math.isfinite(total):
+                self._left_out = 0
+                self.totals.rows += int(step.rows)
+                self.totals.weight += step.weight
+                self.totals.loss_sum += total
+            else:
+                self._left_out += 1
+                if self._left_out > self.skip_steps:
+                    raise NonFiniteLossError(self._blame(step))
+                self.totals.skipped += int(step.rows)
             if step.gradients:
                 found = {layer.removeprefix("model."): float(norm) for layer, norm in step.gradients.items()}
                 self.totals.gradients = found

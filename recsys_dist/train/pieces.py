@@ -16,6 +16,11 @@ def pieces(weight: Any, config: Any) -> list[tuple[torch.Tensor, list[int], list
     return [(weight, [0, 0], [config.num_embeddings, config.embedding_dim])]
 
 
+def local(value: Any) -> list[torch.Tensor]:
+    """A Tensor, or what of a ShardedTensor lives here."""
+    return [s.tensor for s in value.local_shards()] if isinstance(value, ShardedTensor) else [value]
+
+
 def copied(value: Any) -> Any:
     """A copy, in the host's memory, of a Tensor or of this worker's part of a ShardedTensor."""
     if not isinstance(value, ShardedTensor):

@@ -67,25 +67,25 @@ class Plan:
         )
 
 
-def plan(cfg: TrainConfig, prepared: Prepared) -> Plan:
-    """What training `cfg` on `prepared` will place where; ConfigError where it could not train rightly."""
+def plan(cfg: TrainConfig, prepared: Prepared, workers: int) -> Plan:
+    """What so many workers training `cfg` will hold; ConfigError where they could not train rightly."""
     schema = cfg.inputs(prepared)
     module = model_module(cfg.model.name)
     loss = Loss(module.Model(cfg.model, schema, catalogue_of(prepared, schema, ("train",))))
     groups = loss.model.table_groups()
     kind = "cuda" if cfg.use_gpu else "cpu"
-    tables = place(loss, groups, cfg.optimizer, cfg.sharding, cfg.num_workers, kind)
+    tables = place(loss, groups, cfg.optimizer, cfg.sharding, workers, kind)
     in_tables = {id(weight) for weights in groups.values() for weight in weights}
     dense = sum(w.numel() for w in loss.parameters() if id(w) not in in_tables)
     split = cfg.training_splits(schema)["choose"][0]
     ids = _ids_per_row(prepared.files(split)[0], schema)
     return Plan(
         tables=tuple(tables),
-        workers=cfg.num_workers,
-        holds=_holds(tables, dense, cfg, ids),
+        workers=workers,
+        holds=_holds(tables, dense, cfg, workers, ids),
         exchanged={
-            **{table.name: _exchanged(table, cfg, ids) for table in tables},
-            "dense": 2 * (cfg.num_workers - 1) * dense * _FLOAT,  # a ring's all-reduce
+            **{table.name: _exchanged(table, cfg, workers, ids) for table in tables},
+            "dense": 2 * (workers - 1) * dense * _FLOAT,  # a ring's all-reduce
         },
     )
 
@@ -118,9 +118,8 @@ def describe(found: Plan) -> str:
 
 
 def _holds(
-    tables: list[Placed], dense: int, cfg: TrainConfig, ids: Mapping[str, float]
+    tables: list[Placed], dense: int, cfg: TrainConfig, workers: int, ids: Mapping[str, float]
 ) -> dict[Share, np.ndarray]:
-    workers = cfg.num_workers
     holds: dict[Share, np.ndarray] = {
         "weights": np.full(workers, dense * _FLOAT),
         "optimizer": np.full(workers, dense * _ADAM * _FLOAT),
@@ -132,7 +131,7 @@ def _holds(
             holds["weights"][worker] += rows * wide * _FLOAT
             holds["optimizer"][worker] += rows * _state_floats(table, wide) * _FLOAT
             holds["gradients"][worker] += 0 if table.fused else rows * wide * _FLOAT
-        vectors = cfg.rows_per_worker * _vectors_per_row(table, ids)
+        vectors = max(cfg.parts(workers)) * _vectors_per_row(table, ids)
         holds["lookups"] += int(2 * vectors * table.dim * _FLOAT)
     copied = cfg.checkpoint_every_s is not None
     holds["copy"] = (holds["weights"] + holds["optimizer"]) * copied
@@ -149,9 +148,9 @@ def _vectors_per_row(table: Placed, ids: Mapping[str, float]) -> float:
     return sum(1.0 if table.pooled else ids.get(feature, 1.0) for feature in table.features)
 
 
-def _exchanged(table: Placed, cfg: TrainConfig, ids: Mapping[str, float]) -> int:
+def _exchanged(table: Placed, cfg: TrainConfig, workers: int, ids: Mapping[str, float]) -> int:
     """Bytes that a table has sent in a step, over all workers: those of whom (W - 1) / W stay elsewhere."""
-    workers, rows = cfg.num_workers, cfg.batch_rows
+    rows = sum(cfg.parts(workers))
     if table.kind == "data_parallel":
         return 2 * (workers - 1) * table.rows * table.dim * _FLOAT
     asked = rows * sum(ids.get(feature, 1.0) for feature in table.features) * _ID

@@ -49,7 +49,7 @@ class Progress:
         """Forget what was told of a phase after its first `epochs` epochs and `step` steps."""
 
         def still_true(line: dict[str, Any]) -> bool:
-            return line["epoch"] <= epochs or line.get("step", step + 1) <= step
+            return line.get("epoch", 0) <= epochs or line.get("step", step + 1) <= step
 
         if self._enabled() and self._file.exists():
             lines = [line for line, _ in read(self._file)]
@@ -59,6 +59,10 @@ class Progress:
     def epoch(self, phase: str, of: int, entry: dict[str, Any]) -> None:
         """An epoch is trained, validated and committed."""
         self._append({"kind": "epoch", "phase": phase, "epochs": of, **entry})
+
+    def rollback(self, phase: str, number: int, reason: str) -> None:
+        """Training goes back to the newest checkpoint of a phase, or to its start."""
+        self._append({"kind": "rollback", "phase": phase, "rollback": number, "reason": reason})
 
     def curve(
         self, phase: str, epoch: int, of: int, step: int, expected_rows: int, so_far: Totals
@@ -74,7 +78,7 @@ class Progress:
 
         def on_step(now: Totals) -> None:
             nonlocal told
-            if now.rows - told.rows < expected_rows / _POINTS and now.rows < expected_rows:
+            if now.passed - told.passed < expected_rows / _POINTS and now.passed < expected_rows:
                 return
             weight = now.weight - told.weight
             self._append(
@@ -84,10 +88,11 @@ class Progress:
                     "epoch": epoch,
                     "epochs": of,
                     "step": step + now.steps,
-                    "rows": now.rows,
+                    "rows": now.passed,
+                    "skipped": now.skipped,
                     "of_rows": expected_rows,
                     "loss": (now.loss_sum - told.loss_sum) / weight if weight else 0.0,
-                    "rows_per_s": (now.rows - first.rows) / (time.perf_counter() - began),
+                    "rows_per_s": (now.passed - first.passed) / (time.perf_counter() - began),
                     "gradients": now.gradients,
                 }
             )

@@ -1,10 +1,11 @@
 """What one training run is: a frozen config, checked as a whole before anything starts."""
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator
 
 from recsys_dist.config import Config, digest
+from recsys_dist.data.order import evenly
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import ConfigError
 from recsys_dist.models.protocol import ModelConfig, Task, model_module, model_schema
@@ -20,16 +21,21 @@ TASK_METRICS: dict[Task, tuple[str, ...]] = {
     "recall": ("recall", "user_recall", "ndcg"),
 }
 _RECALL_AT = 100  # the default cut
+Count = Annotated[int, Field(ge=1)]
 
 # What may change between two starts of one run: where and how it computes, not what.
 _NOT_IDENTITY = (
     "data",
     "num_workers",
+    "elastic_batch",
+    "resize_every_s",
     "threads_per_worker",
     "use_gpu",
     "sharding",
     "timeout_s",
     "max_failures",
+    "skip_steps",
+    "max_rollbacks",
     "checkpoint_every_s",
     "item_vectors",  # told apart by what they are, see identity()
     "item_vectors_std",
@@ -70,7 +76,20 @@ class TrainConfig(Config):
     )
     optimizer: OptimizerConfig = OptimizerConfig()
     sharding: ShardingConfig = ShardingConfig()
-    num_workers: int = Field(1, ge=1)
+    num_workers: Count | tuple[Count, Count] = Field(
+        1,
+        description="how many; or [fewest, most]: as many as the cluster has room for, fewer after a lost "
+        "node, more when one joins",
+    )
+    elastic_batch: Literal["global", "per_worker"] = Field(
+        "global",
+        description="what stays with fewer workers than the most: the global batch, and so what is learned; "
+        "or each worker's part of it, and every learning rate is multiplied by the square root of what the "
+        "global batch is (arXiv 2205.10287)",
+    )
+    resize_every_s: float = Field(
+        60.0, ge=0, description="seconds between two looks for room for more workers, up to the most"
+    )
     threads_per_worker: int = Field(1, ge=1, description="CPU threads, and CPUs reserved, of each worker")
     use_gpu: bool = False
     timeout_s: int = Field(60, ge=1, description="a collective that takes longer is a lost worker")
@@ -81,6 +100,25 @@ class TrainConfig(Config):
         "every step; none (null): after each epoch alone",
     )
     max_failures: int = Field(3, ge=0, description="restarts from the newest checkpoint after lost workers")
+    skip_steps: int = Field(
+        0,
+        ge=0,
+        description="steps in a row whose loss is not finite and that are left out; 0 saves the workers to "
+        "ask each other before every backward pass",
+    )
+    max_rollbacks: int = Field(
+        0,
+        ge=0,
+        description="times that training, where one more step is not finite, goes back to the newest "
+        "checkpoint and on with half the learning rates, before it ends",
+    )
+
+    @field_validator("num_workers")
+    @classmethod
+    def _fewest_first(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(value, tuple) and value[0] > value[1]:
+            raise ValueError("[fewest, most]: the fewest come first")
+        return value
 
     @field_validator("model", mode="before")
     @classmethod
@@ -122,8 +160,27 @@ class TrainConfig(Config):
         return int(self.chosen_metric.partition("@")[2])
 
     @property
-    def rows_per_worker(self) -> int:
-        return exact_div(self.batch_rows, self.num_workers, "batch_rows", "num_workers")
+    def fewest_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def workers_in_words(self) -> str:
+        if self.fewest_workers < self.most_workers:
+            return f"{self.fewest_workers} to {self.most_workers} workers"
+        return f"{self.most_workers} worker{'s' if self.most_workers > 1 else ''}"
+
+    def parts(self, workers: int) -> list[int]:
+        """[workers] rows of each worker's part of a global batch, when there are so many of them."""
+        kept = self.elastic_batch == "global"
+        return evenly(self.batch_rows if kept else self.batch_rows * workers // self.most_workers, workers)
+
+    def resized_rate(self, workers: int) -> float:
+        """What every learning rate is multiplied by when there are so many workers."""
+        return (sum(self.parts(workers)) / self.batch_rows) ** 0.5
 
     def identity(self) -> dict[str, Any]:
         """What is learned and how, whatever computes it and wherever the data are; without what is not set.
@@ -148,7 +205,12 @@ class TrainConfig(Config):
 
     def check(self, prepared: Prepared) -> None:
         """ConfigError for settings that do not go together or do not fit the data."""
-        _ = self.chosen_metric, self.rows_per_worker, self.inputs(prepared)
+        _ = self.chosen_metric, self.inputs(prepared)
+        if self.batch_rows < self.most_workers:
+            raise ConfigError(
+                f"batch_rows={self.batch_rows} are fewer than the workers (num_workers={self.num_workers}), "
+                "who each need a row: raise the one or lower the other"
+            )
         if self.optimizer.plateau is not None and self.patience == 1:
             raise ConfigError(
                 "optimizer.plateau lowers the learning rates after an epoch without a better metric; with "
@@ -160,12 +222,3 @@ class TrainConfig(Config):
             raise ConfigError(
                 "label is for ranking models; recall learns the schema's recall_positive events"
             )
-
-
-def exact_div(dividend: int, divisor: int, name: str, by: str) -> int:
-    """`dividend / divisor`, which must come out even; else ConfigError naming the nearest that does."""
-    quotient, remainder = divmod(dividend, divisor)
-    if remainder:
-        nearest = max(1, round(dividend / divisor)) * divisor
-        raise ConfigError(f"{name}={dividend} is not divisible by {by}={divisor}; nearest is {nearest}")
-    return quotient

@@ -76,16 +76,17 @@ def fit(cfg: TrainConfig, out: str | Path, on_report: OnReport | None = None) ->
     return FitResult(run=run, **{**found, "checkpoint": run / found["checkpoint"]})
 
 
-def planned(cfg: TrainConfig, prepared: Prepared) -> Plan:
-    """What would be placed where; ConfigError where it does not go together, or could not be held here.
+def planned(cfg: TrainConfig, prepared: Prepared) -> list[Plan]:
+    """What would be placed where, by the fewest workers and by the most.
 
-    What fits on a cluster that one joins is not known beforehand.
+    ConfigError where it does not go together, or could not be held here; what fits on a cluster that one
+    joins is not known beforehand.
     """
     cfg.check(prepared)
-    found = plan(cfg, prepared)
+    plans = [plan(cfg, prepared, n) for n in sorted({cfg.fewest_workers, cfg.most_workers})]
     if not os.environ.get("RAY_ADDRESS") and not cfg.use_gpu:
-        found.refuse_beyond(psutil.virtual_memory().total)
-    return found
+        plans[0].refuse_beyond(psutil.virtual_memory().total)
+    return plans
 
 
 def run_directory(cfg: TrainConfig, prepared: Prepared, out: str | Path) -> Path:
@@ -104,6 +105,8 @@ class _Trainer(TorchTrainer):
 def _train(cfg: TrainConfig, run: Path) -> None:
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # notices a lost worker sooner
+    # a worker that hangs alone: with others, their collectives end
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(cfg.timeout_s)
     scratch = run / "ray"  # Ray Train's own files, of no use afterwards: we resume from our checkpoints
     paths = {
         key: str(Path(path).absolute()) for key in ("data", "item_vectors") if (path := getattr(cfg, key))
@@ -113,7 +116,8 @@ def _train(cfg: TrainConfig, run: Path) -> None:
         train_worker,
         train_loop_config={"config": values, "run": str(run), "start": take_over(run)},
         scaling_config=ScalingConfig(
-            num_workers=cfg.num_workers,
+            num_workers=cfg.num_workers,  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=cfg.resize_every_s,  # type: ignore[call-arg]
             use_gpu=cfg.use_gpu,
             resources_per_worker={"CPU": cfg.threads_per_worker, **({"GPU": 1} if cfg.use_gpu else {})},
         ),
@@ -155,7 +159,8 @@ def _explained(error: TrainingFailedError | None, run: Path, cfg: TrainConfig) -
 def _check_cluster(cfg: TrainConfig) -> None:
     """ConfigError where the workers could never all be placed: Ray would wait for ever."""
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    asked = {"CPU": cfg.num_workers * cfg.threads_per_worker, "GPU": cfg.num_workers if cfg.use_gpu else 0}
+    workers = cfg.fewest_workers
+    asked = {"CPU": workers * cfg.threads_per_worker, "GPU": workers if cfg.use_gpu else 0}
     for kind, wanted in asked.items():
         if wanted > resources.get(kind, 0):
             raise ConfigError(
@@ -186,6 +191,12 @@ def _follow(file: Path, on_report: OnReport | None, done: threading.Event) -> No
                 offset = after
                 if on_report is not None:
                     on_report(line)
+                if line["kind"] == "rollback":
+                    tqdm.write(
+                        f"rollback {line['rollback']}, to the newest checkpoint, from where training goes on "
+                        f"with half the learning rates: {line['reason']}",
+                        file=sys.stderr,
+                    )
                 if line["kind"] == "curve":
                     bar.set_description(
                         f"{line['phase']} epoch {line['epoch']}/{line['epochs']}", refresh=False

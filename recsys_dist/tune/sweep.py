@@ -23,8 +23,8 @@ from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import ConfigError, NonFiniteLossError, RecsysError, TrainError
 from recsys_dist.metrics import LESS_IS_BETTER
 from recsys_dist.train import trainer
+from recsys_dist.train.phase import best_epoch
 from recsys_dist.train.settings import TrainConfig
-from recsys_dist.train.worker import best_epoch
 from recsys_dist.tune.ledger import Job, Ledger, Plan, Result, next_check, next_job
 from recsys_dist.tune.space import Space, Values, settings
 
@@ -226,7 +226,7 @@ def _concurrent(cfg: SweepConfig) -> int:
     if cfg.concurrent is not None:
         return cfg.concurrent
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    fits = resources.get("CPU", 0) // (cfg.train.num_workers * cfg.train.threads_per_worker)
+    fits = resources.get("CPU", 0) // (cfg.train.most_workers * cfg.train.threads_per_worker)
     if cfg.train.use_gpu:
-        fits = min(fits, resources.get("GPU", 0) // cfg.train.num_workers)
+        fits = min(fits, resources.get("GPU", 0) // cfg.train.most_workers)
     return max(1, int(fits))

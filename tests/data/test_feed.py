@@ -58,7 +58,7 @@ def test_epochs_follow_each_other_with_full_batches_and_every_row_once(files):
 @pytest.mark.usefixtures("cluster")
 def test_workers_share_an_epoch(files):
     epoch = shuffled(stored(files, ["row_id"]), 0, 1)
-    found = [flat(row_ids(Feed(share).take(share, 16))) for share in deal(epoch, 3)]
+    found = [flat(row_ids(Feed(share).take(share, 16))) for share in deal(epoch, [1] * 3)]
     assert flat(found) == flat(row_ids(Feed(epoch).take(epoch, 16)))
     assert sorted(map(len, found)) == [53, 53, 54]
 
@@ -67,8 +67,8 @@ def test_workers_share_an_epoch(files):
 @pytest.mark.usefixtures("cluster")
 def test_an_interrupted_epoch_goes_on_with_the_rows_that_are_left(files):
     epoch = shuffled(stored(files, ["row_id"]), 0, 1)
-    before = [cut(share, 20)[0] for share in deal(epoch, 3)]
-    left = deal(untrained(epoch, with_trained({}, flat(before))), 2)
+    before = [cut(share, 20)[0] for share in deal(epoch, [1] * 3)]
+    left = deal(untrained(epoch, with_trained({}, flat(before))), [1] * 2)
     found = [flat(row_ids(Feed(part).take(part, 16))) for part in [*before, *left]]
     assert list(map(len, found)) == [20, 20, 20, 50, 50]
     assert sorted(flat(found)) == sorted(flat(row_ids(Feed(epoch).take(epoch, 16))))
@@ -115,7 +115,7 @@ def timed(tmp_path_factory) -> list[tuple[str, int]]:
 @pytest.mark.usefixtures("cluster")
 def test_the_newest_rows_are_those_and_no_others(timed, fraction, workers):
     files, since = newest_rows(timed, fraction)
-    shares = deal(shuffled(stored(files, ["row_id"], since), 0, 1), workers)
+    shares = deal(shuffled(stored(files, ["row_id"], since), 0, 1), [1] * workers)
     hours = flat(flat([row_ids(Feed(share).take(share, 7)) for share in shares]))
     wanted = int(np.ceil(fraction * 240))
     assert sorted(hours) == list(range(240 - wanted, 240))

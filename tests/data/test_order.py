@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from recsys_dist.data.order import Piece, cut, deal, shuffled, stored, untrained, with_trained
+from recsys_dist.data.order import Piece, cut, deal, evenly, shuffled, stored, untrained, with_trained
 
 FILES = [("a", 10), ("b", 1), ("c", 7), ("d", 0), ("e", 5)]
 ROWS = [(file, row) for file, size in FILES for row in range(size)]
@@ -14,7 +14,7 @@ def positions(pieces: list[Piece]) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 7, 40])
 def test_shares_differ_by_a_row_at_most_and_hold_every_row_once(workers):
-    shares = deal(stored(FILES), workers)
+    shares = deal(stored(FILES), [1] * workers)
     assert [row for share in shares for row in positions(share)] == ROWS
     sizes = [sum(p.rows for p in share) for share in shares]
     assert max(sizes) - min(sizes) <= 1
@@ -51,7 +51,7 @@ def test_any_interruptions_at_any_worker_counts_train_every_row_once(seed):
     draw = random.Random(seed)
     epoch, trained, seen = shuffled(stored(FILES), seed, 1), {}, []
     while left := untrained(epoch, trained):
-        shares = deal(left, draw.randint(1, 4))
+        shares = deal(left, evenly(draw.randint(4, 9), draw.randint(1, 4)))
         rows = draw.randint(1, 3) * draw.randint(0, 4)
         done = [piece for share in shares for piece in cut(share, rows)[0]]
         seen += positions(done)
@@ -61,12 +61,13 @@ def test_any_interruptions_at_any_worker_counts_train_every_row_once(seed):
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4])
-@pytest.mark.parametrize("rows", [1, 2, 3])
-def test_as_many_workers_as_before_go_on_with_their_own_shares(workers, rows):
-    epoch = shuffled(stored(FILES), 0, 1)
-    shares = deal(epoch, workers)
+@pytest.mark.parametrize("batch_rows", [4, 5, 6, 7, 8, 12])
+def test_as_many_workers_as_before_go_on_with_their_own_shares(workers, batch_rows):
+    epoch, parts = shuffled(stored(FILES), 0, 1), evenly(batch_rows, workers)
+    assert sum(parts) == batch_rows and max(parts) - min(parts) <= 1
+    shares = deal(epoch, parts)
     for steps in range(9):
-        done = [piece for share in shares for piece in cut(share, steps * rows)[0]]
-        again = deal(untrained(epoch, with_trained({}, done)), workers)
-        rest = [cut(share, steps * rows)[1] for share in shares]
+        done = [p for share, part in zip(shares, parts, strict=True) for p in cut(share, steps * part)[0]]
+        again = deal(untrained(epoch, with_trained({}, done)), parts)
+        rest = [cut(share, steps * part)[1] for share, part in zip(shares, parts, strict=True)]
         assert list(map(positions, again)) == list(map(positions, rest))

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import recsys_dist.train.checkpoint as checkpoints
-from recsys_dist.errors import CheckpointError
+from recsys_dist.errors import CheckpointError, NonFiniteLossError
 from recsys_dist.models import protocol
 from recsys_dist.models.protocol import Catalogue
 from recsys_dist.train.checkpoint import Manifest, latest_valid, load_for_inference, retain, verify
 from recsys_dist.train.loop import Epoch, Workers, idle_batch
+from recsys_dist.train.pieces import local
 from recsys_dist.train.sharding import ShardingConfig, shard
 from tests.train import tiny
 from tests.train.ranks import run_ranks
@@ -208,6 +209,22 @@ def save_without_room(rank: int, root: str, full_on: int, limit_bytes: int, said
 )
 def test_a_checkpoint_that_finds_no_room_leaves_the_last_one(tmp_path, full_on, limit_bytes, said):
     run_ranks(2, save_without_room, str(tmp_path), full_on, limit_bytes, said)
+    [left] = tmp_path.iterdir()
+    assert verify(left).epoch == 1
+
+
+def save_what_diverged(rank: int, root: str) -> None:
+    sharded = sharded_model({"kind": "row_wise"})
+    checkpoints.save(Path(root), sharded, catalogue(), manifest(1), Workers())
+    if rank == 1:
+        next(iter(local(sharded.weights()["model.deep.embedding_bags.user.weight"])))[0] = float("inf")
+    with pytest.raises(NonFiniteLossError, match="after step 10 weights are not finite"):
+        checkpoints.save(Path(root), sharded, catalogue(), manifest(2), Workers())
+
+
+@pytest.mark.ranks
+def test_what_is_not_finite_on_any_worker_is_not_saved(tmp_path):
+    run_ranks(2, save_what_diverged, str(tmp_path))
     [left] = tmp_path.iterdir()
     assert verify(left).epoch == 1
 

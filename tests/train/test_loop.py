@@ -3,11 +3,12 @@ import pytest
 import torch
 
 from recsys_dist.errors import NonFiniteLossError
-from recsys_dist.train.loop import Epoch, Loss, Workers, idle_batch
+from recsys_dist.train.loop import Epoch, Loss, Totals, Workers, idle_batch
 from recsys_dist.train.optim import OptimizerConfig
 from recsys_dist.train.sharding import ShardingConfig, materialise, shard, train_unsharded
 from tests.train import tiny
 from tests.train.ranks import run_ranks
+from tests.train.test_sharding import whole
 
 OPTIMIZER = OptimizerConfig()
 
@@ -109,6 +110,44 @@ def nan_on_rank_one(rank: int) -> str:
 def test_a_nan_stops_all_workers_and_names_its_rows():
     for message in run_ranks(2, nan_on_rank_one, timeout_s=60):
         assert "step 102 is not finite in 2 of its 16 rows: shard 2 row 19, shard 2 row 21" in message
+
+
+def leaving_out(rank: int, bad_steps: list[int], skip_steps: int) -> tuple[dict[str, np.ndarray], Totals]:
+    """Six batches of 8 rows a rank; `bad_steps` have a NaN on rank 1, or are not there with no skipping."""
+    torch.manual_seed(0)
+    loss = Loss(tiny.Model(tiny.Config(), tiny.schema()))
+    sharded = shard(loss, loss.model.table_groups(), OPTIMIZER, ShardingConfig(kind="row_wise"), 0)
+    batches = [tiny.batch_of(8, rank, number) for number in range(6)]
+    for step in bad_steps:
+        batches[step].dense[3, 0] = float("nan") if rank == 1 else 0.0
+    if not skip_steps:
+        batches = [batch for step, batch in enumerate(batches) if step not in bad_steps]
+    idle = idle_batch(tiny.schema(), 8)
+    epoch = Epoch(sharded.model, sharded.optimizers, idle, Workers(), skip_steps=skip_steps)
+    totals = epoch.run(iter(batches), 0)
+    return whole({**sharded.weights(), **sharded.accumulators()}), totals
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("bad_steps", [[2], [0, 1, 4], [4, 5]])
+def test_steps_that_are_left_out_leave_no_trace(bad_steps):
+    found, totals = run_ranks(2, leaving_out, bad_steps, 2)[0]
+    expected, without = run_ranks(2, leaving_out, bad_steps, 0)[0]
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    assert (totals.steps, totals.skipped) == (6, 16 * len(bad_steps))
+    assert (totals.rows, totals.loss) == (without.rows, without.loss)
+
+
+def test_more_steps_in_a_row_than_may_be_left_out_end_training():
+    batches = [tiny.batch_of(8, "nan", number) for number in range(5)]
+    for number in (0, 2, 3):
+        batches[number].dense[0, 0] = float("nan")
+    loss = Loss(tiny.Model(tiny.Config(), tiny.schema()))
+    epoch = epoch_of(loss)
+    epoch.skip_steps = 1
+    with pytest.raises(NonFiniteLossError, match="step 3 is not finite"):
+        epoch.run(iter(batches), 0)
 
 
 def test_a_nan_in_the_last_step_is_not_missed():

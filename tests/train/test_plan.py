@@ -36,7 +36,7 @@ def test_bytes_counted_by_hand(data: Path) -> None:
     optimizer = {"wide": {"rule": "ftrl"}}
     kinds = {"item": "row_wise", "user": "data_parallel"}
     cfg = config(data, num_workers=2, optimizer=optimizer, sharding={"tables": kinds})
-    found = plan(cfg, Prepared.open(data))
+    found = plan(cfg, Prepared.open(data), 2)
     tables = {table.name: table for table in found.tables}
     users, items = tiny.ROWS["user"], tiny.ROWS["item"]
     assert {name: (t.rows, t.dim) for name, t in tables.items()}["item"] == (items, 8)
@@ -63,11 +63,11 @@ def test_bytes_counted_by_hand(data: Path) -> None:
 
 
 def test_one_worker_sends_nothing(data: Path) -> None:
-    assert set(plan(config(data), Prepared.open(data)).exchanged.values()) == {0}
+    assert set(plan(config(data), Prepared.open(data), 1).exchanged.values()) == {0}
 
 
 def test_what_no_machine_holds_is_refused_with_a_way_out(data: Path) -> None:
-    found = plan(config(data), Prepared.open(data))
+    found = plan(config(data), Prepared.open(data), 1)
     held = int(sum(values.sum() for values in found.holds.values()))
     found.refuse_beyond(held)
     with pytest.raises(ConfigError, match=r"largest table '(item|user)' has \d+ rows of 8: prepare with"):
@@ -95,7 +95,7 @@ def placed(rank: int, path: str, settings: dict) -> dict[str, list[tuple[int, in
     ids=["auto", "row_wise", "din"],
 )
 def test_training_places_what_was_planned(data: Path, settings: dict) -> None:
-    found = plan(config(data, num_workers=3, batch_rows=66, **settings), Prepared.open(data))
+    found = plan(config(data, **settings), Prepared.open(data), 3)
     by_rank = run_ranks(3, placed, str(data), settings)
     for table in found.tables:
         there = [piece for rank in by_rank for piece in rank[table.name] if piece[1]]
@@ -107,11 +107,7 @@ def test_the_plan_is_shown_and_nothing_trained(
 ) -> None:
     job.main(["wide_deep", f"data={data}", "num_workers=2", "--plan", "--out", str(tmp_path / "out")])
     said = capsys.readouterr().out
-    assert (
-        said.strip()
-        == describe(
-            plan(job.recipes.parse(["wide_deep", f"data={data}", "num_workers=2"]).cfg, Prepared.open(data))
-        ).strip()
-    )
+    cfg = job.recipes.parse(["wide_deep", f"data={data}"]).cfg
+    assert said.strip() == describe(plan(cfg, Prepared.open(data), 2)).strip()
     assert "table_wise" in said and "sent between workers in a step" in said
     assert not (tmp_path / "out").exists()

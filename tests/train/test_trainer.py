@@ -265,6 +265,34 @@ def test_a_nan_ends_the_run_once_and_names_the_row(tmp_path):
 
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.ray
+@pytest.mark.e2e
+def test_a_step_with_a_nan_is_left_out_if_one_may_be(tmp_path):
+    data = prepared.make(tmp_path / "data", bad_row=7)
+    result = trainer.fit(config(data, refit=False, skip_steps=1), tmp_path / "out")
+    assert [(e["trained_rows"], e["skipped_rows"]) for e in result.history] == [(870 - 64, 64)] * 2
+    assert all(np.isfinite(value).all() for value in weights(result.checkpoint).values())
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.ray
+@pytest.mark.e2e
+def test_training_that_diverges_goes_back_and_on_with_half_the_rates(data, tmp_path):
+    """14 steps an epoch, by 0.045 each: the second one passes 1, and is trained again by half of that."""
+    model = {"name": "tests.train.diverging:Model", "shards": prepared.SPLITS["train"]}
+    optimizer, lines = {"dense": {"lr": 0.045}}, []
+    cfg = config(data, model=model, optimizer=optimizer, refit=False, checkpoint_every_s=None)
+    with pytest.raises(NonFiniteLossError, match="lower the learning rates"):
+        trainer.fit(cfg, tmp_path / "none")
+    result = trainer.fit(cfg.override(["max_rollbacks=1"]), tmp_path / "one", on_report=lines.append)
+    newest = latest_valid(result.run / "choose")
+    assert newest.manifest.rollbacks == 1
+    assert weights(newest.path)["bias"] == pytest.approx(14 * 0.045 + 14 * 0.045 / 2, rel=1e-4)
+    [told] = [line for line in lines if line["kind"] == "rollback"]
+    assert "step 23 is not finite" in told["reason"]
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.ray
 def test_more_workers_than_cpus(data, tmp_path):
     with pytest.raises(ConfigError, match=r"need 64 CPUs and the cluster has 2; take fewer workers"):
         trainer.fit(config(data, num_workers=64), tmp_path)
@@ -276,7 +304,8 @@ def test_settings_that_do_not_go_together_are_refused_before_anything_starts(dat
             trainer.fit(config(data, **settings), tmp_path)
         return str(error.value)
 
-    assert "batch_rows=64 is not divisible by num_workers=3; nearest is 63" in message(num_workers=3)
+    assert "batch_rows=64 are fewer than the workers (num_workers=(1, 65))" in message(num_workers=[1, 65])
+    assert "the fewest come first" in message(num_workers=[3, 2])
     assert "'recall@100' is not one of a ranking model; take auc or" in message(metric="recall@100")
     assert "'auc' is not one of a recall model; take recall@100 or" in message(
         model={"name": "youtubednn"}, metric="auc"

@@ -146,7 +146,7 @@ def _curve_recorder(record: Recorder) -> Callable[[dict[str, Any]], None]:
 
     def on_report(line: dict[str, Any]) -> None:
         phase = line["phase"]
-        if line["kind"] == "rollback":
+        if line["kind"] == "notice":
             return
         if line["kind"] == "curve":
             step, prefix = line["step"], phase

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import ray.data
 from ray.data import ExecutionResources, TaskPoolStrategy
 from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.exceptions import RayTaskError
 
 from recsys_dist.data.order import Piece, microseconds
 from recsys_dist.errors import DataError
@@ -55,7 +56,10 @@ class Feed:
     def _next(self) -> pa.Table:
         if self._left is not None:
             return self._left
-        block = next(self._blocks, None)
+        try:
+            block = next(self._blocks, None)
+        except RayTaskError as error:
+            raise error.cause from None  # as the reader raised it, without Ray's traceback of it
         if block is None:
             raise DataError("the training shards ended early; the manifest promises more rows: prepare again")
         return block

@@ -143,7 +143,7 @@ def _state(sharded: ShardedModel, catalogue: Catalogue) -> dict[str, Any]:
 
 def _finite(state: dict[str, Any]) -> bool:
     """Whether this worker's part has neither NaN nor infinity in it."""
-    held = [tensor for value in state.values() for tensor in local(value)]
+    held = [tensor for value in state.values() for tensor, _ in local(value)]
     return all(math.isfinite(t.sum(dtype=torch.float64)) for t in held if t.is_floating_point())
 
 
@@ -198,17 +198,13 @@ def load_for_inference(path: Path | str, schema: Schema | None = None) -> tuple[
     manifest = verify(Path(path))
     if schema is not None:
         refuse_other_schema(manifest, schema)
-    saved = _empty_like_saved(Path(path), "catalogue.")
-    _read(Path(path), saved)
-    features = {k.removeprefix(_ITEM_FEATURE): v for k, v in saved.items() if k.startswith(_ITEM_FEATURE)}
-    catalogue = Catalogue(saved["catalogue.positives"], features)
     module = model_module(manifest.model["name"])
     cfg = module.Config.parse(manifest.model)
     inputs = model_schema(cfg, manifest.data_schema, manifest.label)
-    model: nn.Module = module.Model(cfg, inputs, catalogue)
+    model: nn.Module = module.Model(cfg, inputs, saved_catalogue(Path(path)))
     loss = materialise(Loss(model), manifest.seed)
     try:
-        _read(Path(path), {f"weights.{name}": weight for name, weight in loss.state_dict().items()})
+        read(Path(path), {f"weights.{name}": weight for name, weight in loss.state_dict().items()})
     except CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]
         raise CheckpointError(
@@ -216,6 +212,20 @@ def load_for_inference(path: Path | str, schema: Schema | None = None) -> tuple[
             "Train it anew with this one"
         ) from None
     return model.eval(), manifest
+
+
+def saved_catalogue(path: Path) -> Catalogue:
+    """What the model of a checkpoint was told of the items."""
+    saved = _empty_like_saved(path, "catalogue.")
+    read(path, saved)
+    features = {k.removeprefix(_ITEM_FEATURE): v for k, v in saved.items() if k.startswith(_ITEM_FEATURE)}
+    return Catalogue(saved["catalogue.positives"], features)
+
+
+def saved_shapes(path: Path) -> dict[str, torch.Size]:
+    """Of each tensor of a checkpoint: `weights.<name>`, `sums.<name>`, `dense.<name>.<slot>`, ..."""
+    saved = FileSystemReader(path).read_metadata().state_dict_metadata
+    return {key: entry.size for key, entry in saved.items()}  # type: ignore[union-attr]
 
 
 def latest_valid(root: Path) -> Checkpoint | None:
@@ -316,7 +326,8 @@ def _empty_like_saved(path: Path, prefix: str) -> dict[str, torch.Tensor]:
     }
 
 
-def _read(path: Path, state: dict[str, Any]) -> None:
+def read(path: Path, state: dict[str, Any]) -> None:
+    """Fill whole tensors from a checkpoint, in this process alone."""
     dcp.load(state, storage_reader=FileSystemReader(path), no_dist=True)
 
 

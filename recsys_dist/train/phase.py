@@ -34,7 +34,7 @@ from recsys_dist.models.calibration import Points
 from recsys_dist.models.protocol import model_module
 from recsys_dist.models.ranking import Ranker
 from recsys_dist.train import checkpoint as checkpoints
-from recsys_dist.train import pretrained
+from recsys_dist.train import pretrained, warm_start
 from recsys_dist.train.calibrate import fit
 from recsys_dist.train.catalogue import catalogue_of, occurrences
 from recsys_dist.train.checkpoint import Checkpoint, Manifest, Position
@@ -108,7 +108,8 @@ def finish(common: Common, phase: Phase, rollbacks: int = 0) -> Checkpoint:
             rollbacks = attempt.rollbacks + 1
             if rollbacks > common.cfg.max_rollbacks:
                 raise
-            common.progress.rollback(phase.name, rollbacks, str(error))
+            what = f"rollback {rollbacks}, to the newest checkpoint, and on with half the learning rates"
+            common.progress.notice(phase.name, what, [str(error)])
         with contextlib.suppress(NonFiniteLossError):  # the same again
             common.background.wait()
 
@@ -195,6 +196,11 @@ class _Attempt:
         elif cfg.item_vectors is not None:
             vectors_ID = pretrained.item_vectors(cfg.item_vectors, phase.name)
             pretrained.start(self.sharded, self.schema, vectors_ID, cfg.item_vectors_std)
+        elif cfg.warm_start is not None:
+            told = warm_start.start(
+                self.sharded, self.schema, self.common.prepared, cfg.warm_start, phase.name
+            )
+            self.common.progress.notice(phase.name, f"{phase.name} starts from {cfg.warm_start}", told)
         self._calibrate(phase.calibration)
 
     def _manifest(self) -> Manifest:

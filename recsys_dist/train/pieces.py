@@ -16,9 +16,11 @@ def pieces(weight: Any, config: Any) -> list[tuple[torch.Tensor, list[int], list
     return [(weight, [0, 0], [config.num_embeddings, config.embedding_dim])]
 
 
-def local(value: Any) -> list[torch.Tensor]:
-    """A Tensor, or what of a ShardedTensor lives here."""
-    return [s.tensor for s in value.local_shards()] if isinstance(value, ShardedTensor) else [value]
+def local(value: Any) -> list[tuple[torch.Tensor, list[int]]]:
+    """A Tensor, or what of a ShardedTensor lives here: tensors, and where in the whole they begin."""
+    if isinstance(value, ShardedTensor):
+        return [(s.tensor, s.metadata.shard_offsets) for s in value.local_shards()]
+    return [(value, [0] * value.dim())]
 
 
 def copied(value: Any) -> Any:

@@ -20,19 +20,20 @@ from recsys_dist.train import checkpoint as checkpoints
 from recsys_dist.train.sharding import ShardedModel
 
 RESULT = "result.json"  # of a finished run
+_SETTING = "item_vectors"
 _TENSORS = ".distcp"  # files that hold them; the others' content depends on where and when they were written
 
 
-def content(run: str) -> str:
+def content(run: str, setting: str) -> str:
     """Digest of what `run` learned, wherever it lies; ConfigError where that is no finished run."""
-    paths = dict.fromkeys([_checkpoint(run, "choose"), _checkpoint(run, "refit")])
+    paths = dict.fromkeys(checkpoint_of(run, phase, setting) for phase in ("choose", "refit"))
     manifests = [checkpoints.verify(path) for path in paths]
     return digest([[e.sha256 for n, e in sorted(m.files.items()) if n.endswith(_TENSORS)] for m in manifests])
 
 
 def check(run: str, prepared: Prepared) -> None:
     """ConfigError where `run` has no item vectors, or numbers items otherwise than `prepared` does."""
-    manifest = checkpoints.verify(_checkpoint(run, "refit"))
+    manifest = checkpoints.verify(checkpoint_of(run, "refit", _SETTING))
     if model_module(manifest.model["name"]).Model.task != "recall":
         raise ConfigError(
             f"item_vectors={run!r} is of {manifest.model['name']!r}, which ranks: only recall models have "
@@ -48,7 +49,7 @@ def check(run: str, prepared: Prepared) -> None:
 
 def item_vectors(run: str, phase: str) -> torch.Tensor:
     """[I, D] what the model of `run` compares users with, as it stood at the end of `phase`."""
-    model, _ = checkpoints.load_for_inference(_checkpoint(run, phase))
+    model, _ = checkpoints.load_for_inference(checkpoint_of(run, phase, _SETTING))
     with torch.no_grad():
         vectors: torch.Tensor = model.item_vectors()  # type: ignore[operator]
     return vectors
@@ -84,12 +85,13 @@ def _drawn_rms(table: Any) -> torch.Tensor:
     return drawn.double().square().mean().sqrt()
 
 
-def _checkpoint(run: str, phase: str) -> Path:
+def checkpoint_of(run: str, phase: str, setting: str) -> Path:
+    """What a finished run has of a phase; ConfigError, naming `setting`, where it is none."""
     file = Path(run) / RESULT
     if not file.is_file():
         raise ConfigError(
-            f"item_vectors={run!r} is no finished run: it has no {RESULT}. Name the directory of one, as in "
-            "runs/train/models/recall-item2vec-…"
+            f"{setting}={run!r} is no finished run: it has no {RESULT}. Name the directory of one, below "
+            "runs/train/models"
         )
     result = json.loads(file.read_text())
     final = Path(run) / result["checkpoint"]

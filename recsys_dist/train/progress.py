@@ -60,9 +60,9 @@ class Progress:
         """An epoch is trained, validated and committed."""
         self._append({"kind": "epoch", "phase": phase, "epochs": of, **entry})
 
-    def rollback(self, phase: str, number: int, reason: str) -> None:
-        """Training goes back to the newest checkpoint of a phase, or to its start."""
-        self._append({"kind": "rollback", "phase": phase, "rollback": number, "reason": reason})
+    def notice(self, phase: str, what: str, details: list[str]) -> None:
+        """Something that whoever waits for the run should read."""
+        self._append({"kind": "notice", "phase": phase, "what": what, "details": details})
 
     def curve(
         self, phase: str, epoch: int, of: int, step: int, expected_rows: int, so_far: Totals

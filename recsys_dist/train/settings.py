@@ -14,6 +14,7 @@ from recsys_dist.train import pretrained
 from recsys_dist.train.calibrate import Kind as CalibrationKind
 from recsys_dist.train.optim import OptimizerConfig
 from recsys_dist.train.sharding import ShardingConfig
+from recsys_dist.train.warm_start import Former
 
 # Metrics to choose an epoch by, the default first; those of recall are at a cut, as in ndcg@20.
 TASK_METRICS: dict[Task, tuple[str, ...]] = {
@@ -39,6 +40,7 @@ _NOT_IDENTITY = (
     "checkpoint_every_s",
     "item_vectors",  # told apart by what they are, see identity()
     "item_vectors_std",
+    "warm_start",
 )
 
 
@@ -73,6 +75,11 @@ class TrainConfig(Config):
     )
     item_vectors_std: float | None = Field(
         None, gt=0, description="scales them to this root mean square; default: that of the table's own start"
+    )
+    warm_start: str | None = Field(
+        None,
+        description="directory of a finished run, such as yesterday's: the weights that the model has in "
+        "common with it start from there, table rows by the values that they stand for",
     )
     optimizer: OptimizerConfig = OptimizerConfig()
     sharding: ShardingConfig = ShardingConfig()
@@ -191,8 +198,10 @@ class TrainConfig(Config):
         values = self.model_dump(mode="json", exclude_none=True)
         learned = {key: value for key, value in values.items() if key not in _NOT_IDENTITY}
         if self.item_vectors is not None:
-            found = pretrained.content(self.item_vectors)
+            found = pretrained.content(self.item_vectors, "item_vectors")
             learned["item_vectors"] = {"content": found, "std": self.item_vectors_std}
+        if self.warm_start is not None:
+            learned["warm_start"] = pretrained.content(self.warm_start, "warm_start")
         return learned
 
     def run_digest(self, data_digest: str) -> str:
@@ -216,8 +225,12 @@ class TrainConfig(Config):
                 "optimizer.plateau lowers the learning rates after an epoch without a better metric; with "
                 "patience=1 training stops there: set patience=2 or more"
             )
+        if self.item_vectors is not None and self.warm_start is not None:
+            raise ConfigError("warm_start and item_vectors both say what tables start from: name one")
         if self.item_vectors is not None:
             pretrained.check(self.item_vectors, prepared)
+        if self.warm_start is not None:
+            Former.open(self.warm_start, "refit")
         if self.task == "recall" and self.label is not None:
             raise ConfigError(
                 "label is for ranking models; recall learns the schema's recall_positive events"

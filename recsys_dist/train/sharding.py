@@ -156,7 +156,7 @@ def shard(
     `groups` is the model's `table_groups()`. Raises ConfigError for a plan that cannot train rightly.
     """
     rules = table_rules(model, groups, optimizer)
-    tables = _tables(model)
+    tables = tables_of(model)
     connect(model)
     attach(model, rules)
     sharders = _sharders()
@@ -185,7 +185,7 @@ def place(
 ) -> list[Placed]:
     """What `shard` would do with so many workers, without any of them. Raises ConfigError as it would."""
     rules = table_rules(model, groups, optimizer)
-    tables = _tables(model)
+    tables = tables_of(model)
     attach(model, rules)
     constraints = _constraints(sharding, tables, rules, device)
     planner = _planner(workers, constraints, device)
@@ -222,7 +222,7 @@ def materialise(model: nn.Module, seed: int, device: torch.device | str = "cpu")
     for module in model.modules():
         if isinstance(module, EmbeddingBagCollection | EmbeddingCollection):
             module.to_empty(device=torch.device(device))
-    tables = _tables(model)
+    tables = tables_of(model)
     _fill({name: w for name, w in model.state_dict().items() if name in tables}, tables, seed)
     return model.to(device)
 
@@ -243,7 +243,7 @@ def unsharded_accumulators(model: nn.Module, optimizers: Optimizers) -> dict[str
     return {**fused, **optimizers.accumulators()}
 
 
-def _tables(model: nn.Module) -> dict[str, Any]:
+def tables_of(model: nn.Module) -> dict[str, Any]:
     """Weight's name -> its TorchRec config, of every table."""
     found = {}
     for path, module in model.named_modules():

@@ -108,9 +108,8 @@ def _train(cfg: TrainConfig, run: Path) -> None:
     # a worker that hangs alone: with others, their collectives end
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(cfg.timeout_s)
     scratch = run / "ray"  # Ray Train's own files, of no use afterwards: we resume from our checkpoints
-    paths = {
-        key: str(Path(path).absolute()) for key in ("data", "item_vectors") if (path := getattr(cfg, key))
-    }
+    named = {key: getattr(cfg, key) for key in ("data", "item_vectors", "warm_start")}
+    paths = {key: str(Path(path).absolute()) for key, path in named.items() if path}
     values = {**cfg.model_dump(mode="json"), **paths}
     trainer = _Trainer(
         train_worker,
@@ -191,12 +190,8 @@ def _follow(file: Path, on_report: OnReport | None, done: threading.Event) -> No
                 offset = after
                 if on_report is not None:
                     on_report(line)
-                if line["kind"] == "rollback":
-                    tqdm.write(
-                        f"rollback {line['rollback']}, to the newest checkpoint, from where training goes on "
-                        f"with half the learning rates: {line['reason']}",
-                        file=sys.stderr,
-                    )
+                if line["kind"] == "notice":
+                    tqdm.write("\n  ".join([f"{line['what']}:", *line["details"]]), file=sys.stderr)
                 if line["kind"] == "curve":
                     bar.set_description(
                         f"{line['phase']} epoch {line['epoch']}/{line['epochs']}", refresh=False

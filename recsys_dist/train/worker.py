@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from recsys_dist import cpu
 from recsys_dist.data.output import write_text
-from recsys_dist.errors import CheckpointError, NonFiniteLossError, RecsysError, SupersededError
+from recsys_dist.errors import CheckpointError, NonFiniteLossError, RecsysError, SupersededError, TrainError
 from recsys_dist.train.fence import Fence
 from recsys_dist.train.phase import Common, Phase, best_epoch, finish
 from recsys_dist.train.pretrained import RESULT
@@ -22,6 +22,7 @@ from recsys_dist.train.settings import TrainConfig
 
 FAILURE = "failure.json"  # why training cannot go on: written by a worker, read by the driver
 RESERVE = "failure.reserve"  # gives way to FAILURE, so that a full disk can be told of
+_LESS_MEMORY = "lower batch_rows, have tables on more workers, or see --plan for what each one holds"
 
 
 def train_worker(values: dict[str, Any]) -> None:
@@ -40,13 +41,25 @@ def train_worker(values: dict[str, Any]) -> None:
         all_phases(Common(cfg, run, Fence(run, values["start"]), device))
     except SupersededError:
         return  # the run is another's now, and so is its FAILURE
+    except (MemoryError, RuntimeError) as error:
+        if _out_of_memory(error):  # and would be again
+            _write_failure(run, TrainError(f"a worker has not enough memory: {error}; {_LESS_MEMORY}"))
+        raise
     except RecsysError as error:
-        text = json.dumps({"kind": type(error).__name__, "message": str(error)})
-        (run / RESERVE).unlink(missing_ok=True)
-        write_text(text, run / FAILURE)
+        _write_failure(run, error)
         if not isinstance(error, NonFiniteLossError | CheckpointError):
             raise  # the other workers may not know, and wait
         # These are raised on all workers alike: all end here, and Ray Train starts none of them again.
+
+
+def _write_failure(run: Path, error: RecsysError) -> None:
+    (run / RESERVE).unlink(missing_ok=True)
+    write_text(json.dumps({"kind": type(error).__name__, "message": str(error)}), run / FAILURE)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """PyTorch's CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def all_phases(common: Common) -> None:

@@ -178,7 +178,7 @@ def test_batch_norm_is_its_equations() -> None:
 
 
 def test_batch_norm_remembers_what_it_saw_for_evaluation() -> None:
-    """Running moments: a tenth of each batch's mean and unbiased variance; an empty batch changes nothing."""
+    """Running moments: a tenth of each batch's mean and unbiased variance; of no empty one, or with a NaN."""
     norm = BatchNorm(4).double()
     mean, variance = np.zeros(4), np.ones(4)
     for step in range(3):
@@ -187,6 +187,7 @@ def test_batch_norm_remembers_what_it_saw_for_evaluation() -> None:
         mean += 0.1 * (x[REAL].mean(axis=0) - mean)
         variance += 0.1 * (x[REAL].var(axis=0, ddof=1) - variance)
     norm(torch.tensor(x), torch.zeros(len(x), dtype=torch.bool))
+    norm(torch.tensor(np.where(x == x[REAL].max(), np.nan, x)), torch.tensor(REAL))
     np.testing.assert_allclose(norm.mean, mean, rtol=1e-12)
     np.testing.assert_allclose(norm.variance, variance, rtol=1e-12)
     norm.eval()

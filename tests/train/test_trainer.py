@@ -16,7 +16,7 @@ import ray
 from jobs.ledger_model import trained_once
 from recsys_dist.data.collate import collate
 from recsys_dist.data.prepared import Prepared
-from recsys_dist.errors import ConfigError, DataError, NonFiniteLossError
+from recsys_dist.errors import ConfigError, DataError, NonFiniteLossError, TrainError
 from recsys_dist.metrics import RankingState
 from recsys_dist.train import trainer
 from recsys_dist.train.checkpoint import latest_valid, load_for_inference
@@ -266,6 +266,53 @@ def test_a_nan_ends_the_run_once_and_names_the_row(tmp_path):
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.ray
 @pytest.mark.e2e
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_hangs_is_replaced_after_the_timeout(data, tmp_path, workers):
+    """Alone too, where no other one waits for it."""
+    model = {"name": "jobs.ledger_model:Model", "shards": prepared.SPLITS["train"], "pause_s": 0.1}
+    optimizer, stopped = {"deep": {"lr": 0.5}}, []
+    cfg = config(data, model=model, epochs=1, refit=False, optimizer=optimizer, num_workers=workers)
+
+    def stop_one(line) -> None:
+        if line["kind"] == "curve" and not stopped:
+            stopped.append(worker_pid())
+            os.kill(stopped[0], signal.SIGSTOP)
+
+    patient = cfg.override(["timeout_s=8", "checkpoint_every_s=0.5"])
+    result = trainer.fit(patient, tmp_path, on_report=stop_one)
+    assert stopped and not psutil.pid_exists(stopped[0])
+    assert trained_once(result.checkpoint, 0.5) == {"once": 870, "lost": 0, "repeated": 0}
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.ray
+@pytest.mark.e2e
+def test_a_shard_that_vanishes_while_it_is_trained_on_is_named(tmp_path):
+    data = prepared.make(tmp_path / "data")
+    lost = data / "ranking/train/part-00001.parquet"
+
+    def vanish(line) -> None:
+        if line["kind"] == "epoch":
+            lost.unlink(missing_ok=True)
+
+    cfg = config(data, epochs=500, patience=500, refit=False)
+    with pytest.raises(DataError, match=rf"{lost}' cannot be read: .*prepare again"):
+        trainer.fit(cfg, tmp_path / "out", on_report=vanish)
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.ray
+@pytest.mark.e2e
+def test_a_worker_without_memory_ends_training_once_and_says_so(data, tmp_path):
+    model = {"name": "tests.train.hungry:Model", "shards": prepared.SPLITS["train"]}
+    cfg = config(data, model=model, max_failures=3)
+    with pytest.raises(TrainError, match=r"not enough memory: .*1125899906842624 bytes.*lower batch_rows"):
+        trainer.fit(cfg, tmp_path)
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.ray
+@pytest.mark.e2e
 def test_a_step_with_a_nan_is_left_out_if_one_may_be(tmp_path):
     data = prepared.make(tmp_path / "data", bad_row=7)
     result = trainer.fit(config(data, refit=False, skip_steps=1), tmp_path / "out")
@@ -287,8 +334,8 @@ def test_training_that_diverges_goes_back_and_on_with_half_the_rates(data, tmp_p
     newest = latest_valid(result.run / "choose")
     assert newest.manifest.rollbacks == 1
     assert weights(newest.path)["bias"] == pytest.approx(14 * 0.045 + 14 * 0.045 / 2, rel=1e-4)
-    [told] = [line for line in lines if line["kind"] == "rollback"]
-    assert "step 23 is not finite" in told["reason"]
+    [told] = [line for line in lines if line["kind"] == "notice"]
+    assert "rollback 1" in told["what"] and "step 23 is not finite" in told["details"][0]
 
 
 @pytest.mark.usefixtures("cluster")

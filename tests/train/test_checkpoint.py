@@ -16,7 +16,8 @@ from recsys_dist.train.pieces import local
 from recsys_dist.train.sharding import ShardingConfig, shard
 from tests.train import tiny
 from tests.train.ranks import run_ranks
-from tests.train.test_sharding import ADAGRAD, DECAY, FTRL, ROWWISE, SEED, build, local_batches, train, whole
+from tests.train.test_sharding import ADAGRAD, DECAY, FTRL, ROWWISE, build, local_batches
+from tests.train.truth import SEED, train, whole
 
 
 def manifest(epoch: int) -> Manifest:

@@ -22,7 +22,8 @@ from recsys_dist.train.settings import TrainConfig
 from recsys_dist.train.sharding import ShardingConfig, materialise, shard
 from tests.train import prepared, tiny
 from tests.train.ranks import run_ranks
-from tests.train.test_sharding import ADAGRAD, SEED, build, whole
+from tests.train.test_sharding import ADAGRAD, build
+from tests.train.truth import SEED, whole
 
 DIM = 8
 STD = 0.05  # of YoutubeDNN's tables

@@ -12,12 +12,11 @@ from recsys_dist.train.sharding import (
     materialise,
     shard,
     train_unsharded,
-    unsharded_accumulators,
 )
 from tests.train import tiny
 from tests.train.ranks import run_ranks
+from tests.train.truth import SEED, train, whole
 
-SEED = 3
 GLOBAL_ROWS = [24, 24, 24, 17, 1]  # the last global batches are short: uneven and empty local batches
 ROWWISE = OptimizerConfig.parse({"deep": {"lr": 0.3}, "wide": {"lr": 0.1}, "dense": {"lr": 0.01}})
 ADAGRAD = OptimizerConfig.parse(
@@ -41,100 +40,10 @@ def build() -> Loss:
     return Loss(tiny.Model(tiny.Config(), tiny.schema()))
 
 
-def train(epoch: Epoch, batches) -> list[float]:
-    losses, before = [], [0.0, 0.0]
-
-    def on_step(totals) -> None:
-        losses.append((totals.loss_sum - before[0]) / (totals.weight - before[1]))
-        before[:] = [totals.loss_sum, totals.weight]
-
-    epoch.on_step = on_step
-    epoch.run(iter(batches), 0)
-    return losses
-
-
-def whole(state: dict) -> dict[str, np.ndarray]:
-    """Sharded tensors put together again from all ranks' shards, found on every rank."""
-    workers = Workers()
-    mine = {}
-    for name, value in state.items():
-        if not hasattr(value, "local_shards"):
-            mine[name] = [((0,) * value.dim(), value.detach().numpy().copy())]
-        else:
-            mine[name] = [
-                (tuple(s.metadata.shard_offsets), s.tensor.numpy().copy()) for s in value.local_shards()
-            ]
-    pieces: dict[str, list] = {}
-    for theirs in workers.gather(mine):
-        for name, found in theirs.items():
-            pieces.setdefault(name, []).extend(found)
-    return {name: assemble(found) for name, found in pieces.items()}
-
-
-def assemble(pieces: list) -> np.ndarray:
-    size = [max(o[d] + v.shape[d] for o, v in pieces) for d in range(pieces[0][1].ndim)]
-    full = np.zeros(size, np.float32)
-    for offsets, values in pieces:
-        full[tuple(slice(o, o + n) for o, n in zip(offsets, values.shape, strict=True))] = values
-    return full
-
-
-def train_sharded(rank: int, world: int, sharding: dict, optimizer: OptimizerConfig, steps: bool = True):
-    loss = build()
-    sharded = shard(loss, loss.model.table_groups(), optimizer, ShardingConfig.parse(sharding), SEED)
-    rows = 24 // world
-    epoch = Epoch(sharded.model, sharded.optimizers, idle_batch(tiny.schema(), rows), Workers())
-    losses = train(epoch, local_batches(rank, rows)) if steps else []
-    return losses, epoch.totals, whole(sharded.weights()), whole(sharded.accumulators()), sharded.plan()
-
-
 FTRL = OptimizerConfig.parse(
     {"deep": {"lr": 0.3}, "wide": {"lr": 0.3, "rule": "ftrl", "l1": 2e-3}, "dense": {"lr": 0.01}}
 )
 DECAY = ROWWISE.override(["wide.weight_decay=0.02"])
-OPTIMIZERS = {"rowwise": ROWWISE, "adagrad": ADAGRAD, "ftrl": FTRL, "decay": DECAY}
-
-
-@pytest.fixture(scope="module", params=OPTIMIZERS)
-def reference(request):
-    """The unsharded model on the global batches."""
-    optimizer = OPTIMIZERS[request.param]
-    loss = build()
-    materialise(loss, SEED)
-    start = {name: w.detach().numpy().copy() for name, w in loss.state_dict().items()}
-    optimizers = train_unsharded(loss, loss.model.table_groups(), optimizer)
-    losses = train(Epoch(loss, optimizers, idle_batch(tiny.schema(), 24), Workers()), global_batches())
-    sums = {name: a.numpy() for name, a in unsharded_accumulators(loss, optimizers).items()}
-    return optimizer, start, losses, {n: w.detach().numpy() for n, w in loss.state_dict().items()}, sums
-
-
-@pytest.mark.ranks
-@pytest.mark.parametrize(
-    "sharding",
-    [
-        {},
-        {"kind": "table_wise"},
-        {"kind": "row_wise"},
-        {"tables": {"user": "column_wise", "item": "column_wise", "step": "column_wise"}},
-        {"tables": {"user": "data_parallel", "item": "data_parallel", "wide_item": "data_parallel"}},
-    ],
-    ids=["auto", "table_wise", "row_wise", "column_wise", "data_parallel"],
-)
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_workers_take_the_steps_of_one_unsharded_process(reference, world, sharding):
-    optimizer, _, losses, weights, sums = reference
-    if "column_wise" in str(sharding) and optimizer is not ADAGRAD:
-        pytest.skip("refused: see test_column_wise_refuses_rowwise_adagrad")
-    for found in run_ranks(world, train_sharded, world, sharding, optimizer):
-        found_losses, totals, found_weights, found_sums, plan = found
-        assert (totals.steps, totals.rows) == (len(GLOBAL_ROWS), sum(GLOBAL_ROWS))
-        np.testing.assert_allclose(found_losses, losses, rtol=2e-5)
-        for name, weight in weights.items():
-            np.testing.assert_allclose(found_weights[name], weight, atol=2e-5, err_msg=name)
-        for name, total in sums.items():
-            np.testing.assert_allclose(found_sums[name], total, atol=2e-5, err_msg=name)
-        for table, kind in sharding.get("tables", {}).items():
-            assert plan[table]["kind"] == kind
 
 
 def train_slowly(rank: int, optimizer: OptimizerConfig, factor: float) -> dict[str, np.ndarray]:
@@ -166,9 +75,14 @@ def test_scaled_rates_train_as_rates_that_were_set_so(optimizer):
 @pytest.mark.parametrize("kind", ["table_wise", "row_wise"])
 def test_starting_values_do_not_depend_on_placement(kind):
     loss = materialise(build(), SEED)
-    for found in run_ranks(2, train_sharded, 2, {"kind": kind}, ROWWISE, False):
+    for found in run_ranks(2, started, kind):
         for name, weight in loss.state_dict().items():
-            np.testing.assert_array_equal(found[2][name], weight.numpy(), err_msg=name)
+            np.testing.assert_array_equal(found[name], weight.numpy(), err_msg=name)
+
+
+def started(_rank: int, kind: str) -> dict[str, np.ndarray]:
+    loss = build()
+    return whole(shard(loss, loss.model.table_groups(), ROWWISE, ShardingConfig(kind=kind), SEED).weights())
 
 
 def test_rowwise_adagrad_by_hand():

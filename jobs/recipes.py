@@ -156,6 +156,8 @@ examples:
   python -m jobs.train wide_deep data=runs/data num_workers=2 model.hidden=[512,256] optimizer.deep.lr=0.1
   python -m jobs.train youtubednn data=runs/data --out runs/recall
   python -m jobs.train sasrec data=runs/data item_vectors=runs/train/models/recall-item2vec-…
+  python -m jobs.train wide_deep data=runs/today warm_start=runs/train/models/ranking-wide_deep-…
+  python -m jobs.train wide_deep data=runs/data num_workers=[1,4]
   python -m jobs.train --model my_models.tower:Model data=runs/data model.hidden=[64]
   python -m jobs.train wide_deep data=runs/data num_workers=4 --plan
   python -m jobs.train --config runs/train/models/ranking-wide_deep-…/config.yaml seed=1

@@ -8,7 +8,7 @@ from recsys_dist.train.optim import OptimizerConfig
 from recsys_dist.train.sharding import ShardingConfig, materialise, shard, train_unsharded
 from tests.train import tiny
 from tests.train.ranks import run_ranks
-from tests.train.test_sharding import whole
+from tests.train.truth import whole
 
 OPTIMIZER = OptimizerConfig()
 

@@ -26,7 +26,8 @@ from recsys_dist.train.settings import TrainConfig
 from recsys_dist.train.sharding import ShardedModel, ShardingConfig, shard
 from tests.train import tiny
 from tests.train.ranks import run_ranks
-from tests.train.test_sharding import ADAGRAD, ROWWISE, whole
+from tests.train.test_sharding import ADAGRAD, ROWWISE
+from tests.train.truth import whole
 
 THEN = {"user": ["ann", "bob", "cyd"], "item": ["a", "b", "c", "d", "e"]}
 NOW = {"user": ["dan", "cyd", "ann", "eve", "bob", "fay"], "item": ["e", "x", "a", "y", "c"]}

@@ -31,6 +31,7 @@ _NOT_IDENTITY = (
     "timeout_s",
     "max_failures",
     "checkpoint_every_s",
+    "profile",
     "item_vectors",  # told apart by what they are, see identity()
     "item_vectors_std",
 )
@@ -81,6 +82,7 @@ class TrainConfig(Config):
         "every step; none (null): after each epoch alone",
     )
     max_failures: int = Field(3, ge=0, description="restarts from the newest checkpoint after lost workers")
+    profile: bool = Field(False, description="write a trace of worker 0's steps 5 to 10 after each start")
 
     @field_validator("model", mode="before")
     @classmethod

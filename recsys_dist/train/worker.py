@@ -48,6 +48,7 @@ from recsys_dist.train.fence import Fence
 from recsys_dist.train.loop import Epoch, Loss, Totals, Workers, idle_batch
 from recsys_dist.train.pretrained import RESULT
 from recsys_dist.train.progress import Progress, Timer, steps_per_point
+from recsys_dist.train.sampling import Stopwatch, features_of_tables
 from recsys_dist.train.settings import TrainConfig
 from recsys_dist.train.sharding import ShardedModel, shard
 from recsys_dist.train.validate import item_vectors, ranked_rows, recall_users
@@ -124,7 +125,7 @@ class Run:
         self.schema = cfg.inputs(self.prepared)
         self.device = ray.train.torch.get_device() if cfg.use_gpu else torch.device("cpu")
         self.idle = idle_batch(self.schema, cfg.rows_per_worker).to(self.device)
-        self.progress = Progress(path, enabled=lambda: self.workers.rank == 0 and fence.holds())
+        self.progress = Progress(path, self.workers.rank, fence.holds, cfg.profile)
 
     def all_phases(self) -> None:
         """Choose the number of epochs, refit if asked to, and write down the result."""
@@ -292,6 +293,8 @@ class Run:
             self.workers,
             curve,
             sample_steps=steps_per_point(expected, self.cfg.batch_rows),
+            stopwatch=Stopwatch(sharded.lookups(), self.device),
+            tables=features_of_tables(self.schema),
             seed=int(rng_for(*key).integers(2**62)),
             due=Timer(self.cfg.checkpoint_every_s).due,
             totals=totals,
@@ -301,7 +304,8 @@ class Run:
             counts = self.workers.gather(mine)
             done = [p for share, rows in zip(shares, counts, strict=True) for p in cut(share, rows)[0]]
             position = Position(
-                trained=with_trained(before.trained, done), totals=replace(totals, gradients={})
+                trained=with_trained(before.trained, done),
+                totals=replace(totals, gradients={}, step_ms={}, tables={}),
             )
             now = {"step": first + totals.steps, "position": position}
             self._only_if(self.fence.holds)

@@ -34,7 +34,7 @@ from recsys_dist.train.worker import FAILURE, RESERVE, train_worker
 OnReport = Callable[[dict[str, Any]], None]
 _POLL_S = 0.3
 _RESERVE_BYTES = 8192
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows [{elapsed}{postfix}]"
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows [{elapsed}{postfix}]"
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _reports(file: Path, on_report: OnReport | None) -> Iterator[None]:
 
 def _follow(file: Path, on_report: OnReport | None, done: threading.Event) -> None:
     offset, last = 0, False
-    with tqdm(bar_format=_BAR, unit_scale=True, leave=False, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(bar_format=BAR, unit_scale=True, leave=False, disable=not sys.stderr.isatty()) as bar:
         while not last:
             last = done.wait(_POLL_S)  # one more look after the end
             for line, after in read(file, offset):

@@ -191,9 +191,8 @@ def test_how_a_batch_uses_the_tables():
         )
     assert expected["user"][0] == 47 and expected["user"][1] > 0
     assert added(table_use(batches[0], tables), table_use(batches[1], tables)) == expected
-    without = KeyedJaggedTensor(
-        ["history"], torch.zeros(0, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
-    )
+    nothing, lengths = torch.zeros(0, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+    without = KeyedJaggedTensor(keys=["history"], values=nothing, lengths=lengths)
     assert table_use(SimpleNamespace(sparse=without), {"item": ["history"]}) == {"item": (0, 0, 0)}
 
 

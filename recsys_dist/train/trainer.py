@@ -34,7 +34,7 @@ from recsys_dist.train.worker import FAILURE, RESERVE, train_worker
 OnReport = Callable[[dict[str, Any]], None]
 _POLL_S = 0.3
 _RESERVE_BYTES = 8192
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows [{elapsed}{postfix}]"
+BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows [{elapsed}{postfix}]"
 
 
 @dataclass(frozen=True)
@@ -201,5 +201,5 @@ def show(line: dict[str, Any], bar: "tqdm[Any]") -> None:
     bar.set_postfix_str(
         f"{line['rows_per_s']:,.0f} rows/s, {left} left, loss {line['loss']:.4f}", refresh=False
     )
-    bar.total = line["of_rows"]
-    bar.update(line["rows"] - bar.n)
+    bar.total, bar.n = line["of_rows"], line["rows"]
+    bar.refresh()

@@ -1,7 +1,7 @@
 """What is measured at the sampled steps of an epoch: where their time goes, and how batches use tables.
 
-Not torch.profiler, whose start, stop and events took 50 ms a step where this takes 1 to 2 (Wide & Deep, 20 tables,
-4,096 rows, steps of 52 ms on one CPU core, 2026-11-23; every 5th step sampled, that is 0.8 % of CPU time).
+Not torch.profiler, whose start, stop and events took 50 ms a step where this takes 1 to 2 (Wide & Deep, 20
+tables, 4,096 rows, steps of 52 ms on one CPU core, 2026-11-23; every 5th step sampled: 0.8 % of CPU time).
 """
 
 import threading

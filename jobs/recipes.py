@@ -160,6 +160,7 @@ examples:
   python -m jobs.train wide_deep data=runs/data num_workers=[1,4]
   python -m jobs.train --model my_models.tower:Model data=runs/data model.hidden=[64]
   python -m jobs.train wide_deep data=runs/data num_workers=4 --plan
+  python -m jobs.train wide_deep data=runs/data num_workers=2 --profile
   python -m jobs.train --config runs/train/models/ranking-wide_deep-…/config.yaml seed=1
 
 The same command again goes on from the newest checkpoint, also with another number of workers, and
@@ -193,6 +194,9 @@ def parse(argv: list[str]) -> Asked:
     parser.add_argument("words", nargs="*", metavar="RECIPE key=value", help="a recipe, dotted settings")
     parser.add_argument("--model", metavar="MODULE:Model", help="a model of your own instead of a recipe")
     parser.add_argument("--plan", action="store_true", help="show where tables would live, and train nothing")
+    parser.add_argument(
+        "--profile", action="store_true", help="write a trace of a few steps to the run's directory"
+    )
     parser.add_argument("--config", help="YAML file with settings, such as a former run's config.yaml")
     parser.add_argument("--out", default="runs/train", help="directory for runs (default: %(default)s)")
     parser.add_argument("--tracking-uri", help="MLflow server; default: an SQLite file below --out")
@@ -208,5 +212,5 @@ def parse(argv: list[str]) -> Asked:
     else:
         cfg = TrainConfig.parse(load_yaml(args.config)) if args.config else named(names[0])
     tracked = TrackingConfig(uri=args.tracking_uri)
-    cfg = cfg.override([word for word in args.words if "=" in word])
+    cfg = cfg.override([*(["profile=true"] if args.profile else []), *(w for w in args.words if "=" in w)])
     return Asked(cfg, args.out, tracked, args.plan)

@@ -135,6 +135,10 @@ def evaluated(prepared: Prepared, checkpoint: Path, cfg: EvaluateConfig) -> dict
     return found
 
 
+# Runs of former versions, which have told less, are told again when they are asked for once more.
+_OF_A_POINT: tuple[str, ...] = ("loss", "rows_per_s", "loader_s", "saving_s")
+
+
 def _curve_recorder(record: Recorder) -> Callable[[dict[str, Any]], None]:
     """A listener for the trainer's progress that tells each point once, also over restarts of the driver."""
     told = {
@@ -150,8 +154,11 @@ def _curve_recorder(record: Recorder) -> Callable[[dict[str, Any]], None]:
             return
         if line["kind"] == "curve":
             step, prefix = line["step"], phase
-            found = {"loss": line["loss"], "rows_per_s": line["rows_per_s"]}
+            found = {name: line[name] for name in _OF_A_POINT if name in line}
             found |= {f"gradient/{layer}": norm for layer, norm in line["gradients"].items()}
+            found |= {f"step_ms/{part}": ms for part, ms in line.get("step_ms", {}).items()}
+            for table, shares in line.get("tables", {}).items():
+                found |= {f"table/{table}/{share}": value for share, value in shares.items()}
         else:
             step, prefix = line["epoch"], f"{phase}/epoch"
             found = {key: value for key, value in line.items() if isinstance(value, float)}

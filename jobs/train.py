@@ -9,6 +9,7 @@ from recsys_dist.data.prepared import Prepared
 from recsys_dist.train import trainer
 from recsys_dist.train.plan import describe
 from recsys_dist.train.settings import TrainConfig
+from recsys_dist.train.telemetry import TRACE
 
 
 def summary(result: trainer.FitResult, cfg: TrainConfig) -> str:
@@ -27,6 +28,13 @@ def summary(result: trainer.FitResult, cfg: TrainConfig) -> str:
     )
 
 
+def traced(file: Path) -> str:
+    """Where the trace of a run with --profile lies."""
+    if file.exists():
+        return f"trace: {file} (for ui.perfetto.dev)"
+    return "no trace: the run was finished before, or has fewer than 10 steps"
+
+
 def main(argv: list[str]) -> None:
     asked = recipes.parse(argv)
     cfg = asked.cfg
@@ -35,6 +43,8 @@ def main(argv: list[str]) -> None:
         return
     outcome = tracked.run(cfg, Path(asked.out), asked.tracked, evaluate=None)
     print(summary(outcome.fitted, cfg))
+    if cfg.profile:
+        print(traced(outcome.fitted.run / TRACE))
     print(f"MLflow run {outcome.delivery.run_id or 'not yet delivered'} at {outcome.tracking_uri}")
 
 

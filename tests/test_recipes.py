@@ -13,6 +13,8 @@ def test_every_recipe_is_valid_and_overridable():
 
 def test_a_logged_config_is_read_back(tmp_path):
     cfg, *_ = recipes.parse(["wide_deep", "model.hidden=[7]"])
+    assert not cfg.profile
+    assert recipes.parse(["wide_deep", "model.hidden=[7]", "--profile"])[0] == cfg.override(["profile=true"])
     (tmp_path / "config.yaml").write_text(cfg.to_yaml())
     assert recipes.parse(["--config", str(tmp_path / "config.yaml")])[0] == cfg
     assert recipes.parse(["seed=9", "--config", str(tmp_path / "config.yaml")])[0].seed == 9

@@ -10,7 +10,7 @@ gradients and of TorchRec's sparse ones takes out again.
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from recsys_dist.batch import Batch
 from recsys_dist.errors import NonFiniteLossError
 from recsys_dist.schema import Schema
 from recsys_dist.train.optim import Optimizers
+from recsys_dist.train.sampling import Stopwatch, Use, added, table_use
 
 T = TypeVar("T")
 _NAMED_ROWS = 5  # rows that a NonFiniteLossError names
@@ -90,6 +91,8 @@ class Totals:
     skipped     rows of the batches that were left out for a loss that is not finite
     seconds     of training, without what saving took
     gradients   layer -> L2 norm of its gradient, at the newest step that was sampled
+    step_ms     part of that step -> its milliseconds on this worker (see `sampling.PARTS`)
+    tables      table -> ids, unknown ids, and distinct rows in a batch, summed over this worker's samples
     """
 
     steps: int = 0
@@ -101,6 +104,8 @@ class Totals:
     saving_s: float = 0.0
     seconds: float = 0.0
     gradients: dict[str, float] = field(default_factory=dict)
+    step_ms: dict[str, float] = field(default_factory=dict)
+    tables: Use = field(default_factory=dict)
 
     @property
     def passed(self) -> int:
@@ -124,6 +129,8 @@ class _Step:
     rows: float
     weight: float
     gradients: dict[str, torch.Tensor]
+    tables: Use = field(default_factory=dict)
+    ms: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -134,7 +141,10 @@ class Epoch:
     idle          what a worker without data feeds: as many rows as a full batch, of weight zero; batches
                   go to the device that it is on
     on_step       called with the totals so far after each step whose loss is known to all
-    sample_steps  steps from one sample of the layers' gradient norms to the next; 0 takes none
+    sample_steps  steps from one sample to the next, of the layers' gradient norms, of where the step's
+                  time goes, and of how its batch uses the tables; 0 takes none
+    stopwatch     of the steps that are sampled
+    tables        those whose use is sampled -> the features that are looked up in them
     seed          of what the model draws in a step, as dropout does, which then depends on its number alone
     due           asked of rank 0 before each step: whether to save after it
     save          called then on all workers, with the rows that this one has had. Collective
@@ -149,6 +159,8 @@ class Epoch:
     workers: Workers
     on_step: Callable[[Totals], None] = lambda _: None
     sample_steps: int = 0
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    tables: Mapping[str, Sequence[str]] = field(default_factory=dict)
     seed: int | None = None
     due: Callable[[], bool] = lambda: False
     save: Callable[[int], None] = lambda _: None
@@ -169,22 +181,26 @@ class Epoch:
         mine, save = 0, 0.0
         batch, agreement = self._next(batches, known)
         while True:
-            rows, weight, save_next, *settled = agreement()
-            self._settle(known, settled)
-            if rows == 0:
-                break
-            if save:
-                self._settle_all(known)  # what diverged is never saved
-                now = time.perf_counter()
-                self.totals.seconds += now - began
-                self.save(mine)
-                began = time.perf_counter()
-                self.totals.saving_s += began - now
-            save = save_next
-            mine += batch.rows if batch is not None else 0
-            current = self.idle if batch is None else self._placed(batch).pad(self.idle.rows)
-            batch, agreement = self._next(batches, known)
-            known.append(self._step(current, step, rows, weight))
+            with self.stopwatch.timed(self._sampled(step)) as ms:
+                rows, weight, save_next, *settled = agreement()
+                self._settle(known, settled)
+                if rows == 0:
+                    break
+                if save:
+                    self._settle_all(known)  # what diverged is never saved
+                    now = time.perf_counter()
+                    self.totals.seconds += now - began
+                    with self.stopwatch.part("checkpoint"):
+                        self.save(mine)
+                    began = time.perf_counter()
+                    self.totals.saving_s += began - now
+                save = save_next
+                mine += batch.rows if batch is not None else 0
+                tables = self._table_use(batch, step)
+                current = self.idle if batch is None else self._placed(batch).pad(self.idle.rows)
+                batch, agreement = self._next(batches, known)
+                known.append(self._step(current, step, rows, weight))
+            known[-1].tables, known[-1].ms = tables, ms
             step += 1
         self._settle_all(known)
         self.totals.seconds += time.perf_counter() - began
@@ -199,12 +215,22 @@ class Epoch:
     ) -> tuple[Batch | None, Callable[[], list[float]]]:
         """This worker's next batch, and the agreement on it; it carries the oldest unsettled loss along."""
         began = time.perf_counter()
-        batch = next(batches, None)
+        with self.stopwatch.part("loader"):
+            batch = next(batches, None)
         self.totals.loader_s += time.perf_counter() - began
         mine = [0.0, 0.0] if batch is None else [float(batch.rows), float(batch.weight.sum())]
         save = float(self.workers.rank == 0 and self.due())
         settled = known[0].loss_sum if len(known) >= _UNREAD_STEPS[self.idle.device.type] else None
         return batch, self.workers.start_sum([*mine, save, *([] if settled is None else [float(settled)])])
+
+    def _sampled(self, step: int) -> bool:
+        return self.sample_steps > 0 and step % self.sample_steps == 0
+
+    def _table_use(self, batch: Batch | None, step: int) -> Use:
+        if batch is None or not self._sampled(step):
+            return {}
+        with self.stopwatch.part("sampling"):
+            return table_use(batch, self.tables)
 
     def _placed(self, batch: Batch) -> Batch:
         on_gpu = self.idle.device.type != "cpu"
@@ -213,14 +239,18 @@ class Epoch:
     def _step(self, batch: Batch, step: int, rows: float, weight: float) -> _Step:
         if self.seed is not None:
             torch.manual_seed(self.seed + step)
-        losses = self.model(batch, step)
-        loss_sum = (losses * batch.weight).sum()
-        if self.skip_steps and not self._finite_everywhere(loss_sum):
-            return _Step(step, batch.row_id, losses.detach(), loss_sum.detach(), rows, weight, {})
-        (loss_sum * (self.workers.size / weight if weight else 0.0)).backward()
-        sampled = self.sample_steps > 0 and step % self.sample_steps == 0
-        gradients = self.optimizers.gradient_norms() if sampled else {}
-        self.optimizers.step()
+        with self.stopwatch.part("dense"):
+            losses = self.model(batch, step)
+            loss_sum = (losses * batch.weight).sum()
+            if self.skip_steps and not self._finite_everywhere(loss_sum):
+                return _Step(step, batch.row_id, losses.detach(), loss_sum.detach(), rows, weight, {})
+            mean = loss_sum * (self.workers.size / weight if weight else 0.0)
+            self.stopwatch.backward_of(mean)
+            mean.backward()
+        with self.stopwatch.part("sampling"):
+            gradients = self.optimizers.gradient_norms() if self._sampled(step) else {}
+        with self.stopwatch.part("optimizer"):
+            self.optimizers.step()
         return _Step(step, batch.row_id, losses.detach(), loss_sum.detach(), rows, weight, gradients)
 
     def _finite_everywhere(self, loss_sum: torch.Tensor) -> bool:
@@ -241,9 +271,10 @@ class Epoch:
                 if self._left_out > self.skip_steps:
                     raise NonFiniteLossError(self._blame(step))
                 self.totals.skipped += int(step.rows)
-            if step.gradients:
+            if step.ms:
                 found = {layer.removeprefix("model."): float(norm) for layer, norm in step.gradients.items()}
-                self.totals.gradients = found
+                self.totals.gradients, self.totals.step_ms = found, step.ms
+                self.totals.tables = added(self.totals.tables, step.tables)
             self.on_step(self.totals)
 
     def _blame(self, step: _Step) -> str:

@@ -41,6 +41,7 @@ from recsys_dist.train.checkpoint import Checkpoint, Manifest, Position
 from recsys_dist.train.fence import Fence
 from recsys_dist.train.loop import Epoch, Loss, Totals, Workers, idle_batch
 from recsys_dist.train.progress import Progress, Timer, steps_per_point
+from recsys_dist.train.sampling import Stopwatch, features_of_tables
 from recsys_dist.train.settings import TrainConfig
 from recsys_dist.train.sharding import shard
 from recsys_dist.train.validate import item_vectors, ranked_rows, recall_users
@@ -80,7 +81,7 @@ class Common:
         self.schema = cfg.inputs(self.prepared)
         self.parts = cfg.parts(self.workers.size)
         self.idle = idle_batch(self.schema, max(self.parts)).to(device)
-        self.progress = Progress(path, enabled=lambda: self.workers.rank == 0 and fence.holds())
+        self.progress = Progress(path, self.workers.rank, fence.holds, cfg.profile)
 
     def only_if(self, held: Callable[[], bool]) -> None:
         """SupersededError, on all workers alike, where rank 0 may not write any more. Collective."""
@@ -266,6 +267,8 @@ class _Attempt:
             self.workers,
             curve,
             sample_steps=steps_per_point(expected, sum(common.parts)),
+            stopwatch=Stopwatch(self.sharded.lookups(), common.device),
+            tables=features_of_tables(self.schema),
             seed=int(rng_for(*key).integers(2**62)),
             due=Timer(self.cfg.checkpoint_every_s).due,
             skip_steps=self.cfg.skip_steps,
@@ -276,7 +279,8 @@ class _Attempt:
             counts = self.workers.gather(mine)
             done = [p for share, rows in zip(shares, counts, strict=True) for p in cut(share, rows)[0]]
             position = Position(
-                trained=with_trained(before.trained, done), totals=replace(totals, gradients={})
+                trained=with_trained(before.trained, done),
+                totals=replace(totals, gradients={}, step_ms={}, tables={}),
             )
             now = {"step": first + totals.steps, "position": position, "rollbacks": self.rollbacks}
             common.only_if(common.fence.holds)

@@ -12,6 +12,7 @@ from typing import Any
 
 from recsys_dist.data.output import naming, write_text
 from recsys_dist.train.loop import Totals
+from recsys_dist.train.telemetry import TRACE, Telemetry, Trace
 
 PROGRESS = "progress.jsonl"
 _POINTS = 50  # of a learning curve, per epoch
@@ -39,11 +40,20 @@ class Timer:
 
 
 class Progress:
-    """Appends to a run's progress file, as long as it is `enabled`: on rank 0, while the run is its."""
+    """What one worker tells of its run: rank 0 alone in files, as long as the run is its; all as metrics.
 
-    def __init__(self, run: Path, enabled: Callable[[], bool]) -> None:
+    held     asked of rank 0 before it writes: whether the run is its
+    profile  whether rank 0 traces a few steps
+    """
+
+    def __init__(self, run: Path, rank: int, held: Callable[[], bool], profile: bool) -> None:
         self._file = run / PROGRESS
-        self._enabled = enabled
+        self._rank, self._held = rank, held
+        self._telemetry = Telemetry(run.name, rank)
+        self._trace = Trace(run / TRACE, held) if profile and rank == 0 else None
+
+    def _mine(self) -> bool:
+        return self._rank == 0 and self._held()
 
     def resume(self, phase: str, epochs: int, step: int) -> None:
         """Forget what was told of a phase after its first `epochs` epochs and `step` steps."""
@@ -51,7 +61,7 @@ class Progress:
         def still_true(line: dict[str, Any]) -> bool:
             return line.get("epoch", 0) <= epochs or line.get("step", step + 1) <= step
 
-        if self._enabled() and self._file.exists():
+        if self._mine() and self._file.exists():
             lines = [line for line, _ in read(self._file)]
             kept = [line for line in lines if line["phase"] != phase or still_true(line)]
             write_text("".join(json.dumps(line) + "\n" for line in kept), self._file)
@@ -69,8 +79,8 @@ class Progress:
     ) -> Callable[[Totals], None]:
         """A listener for `Epoch.on_step` that tells the mean loss since its last point, about 50 times.
 
-        With it go the layers' gradient norms, of the newest step that sampled them. `step` and
-        `expected_rows` are of the whole epoch, which goes on from `so_far`.
+        With it goes what the newest sampled step measured, and how ids used the tables at all of them.
+        `step` and `expected_rows` are of the whole epoch, which goes on from `so_far`.
         """
         began = time.perf_counter()
         first = replace(so_far)  # as it is now: it goes on counting
@@ -78,30 +88,40 @@ class Progress:
 
         def on_step(now: Totals) -> None:
             nonlocal told
+            if self._trace is not None:
+                self._trace.stepped()
             if now.passed - told.passed < expected_rows / _POINTS and now.passed < expected_rows:
                 return
             weight = now.weight - told.weight
-            self._append(
-                {
-                    "kind": "curve",
-                    "phase": phase,
-                    "epoch": epoch,
-                    "epochs": of,
-                    "step": step + now.steps,
-                    "rows": now.passed,
-                    "skipped": now.skipped,
-                    "of_rows": expected_rows,
-                    "loss": (now.loss_sum - told.loss_sum) / weight if weight else 0.0,
-                    "rows_per_s": (now.passed - first.passed) / (time.perf_counter() - began),
-                    "gradients": now.gradients,
-                }
-            )
+            point = {
+                "kind": "curve",
+                "phase": phase,
+                "epoch": epoch,
+                "epochs": of,
+                "step": step + now.steps,
+                "rows": now.passed,
+                "skipped": now.skipped,
+                "of_rows": expected_rows,
+                "loss": (now.loss_sum - told.loss_sum) / weight if weight else 0.0,
+                "rows_per_s": (now.passed - first.passed) / (time.perf_counter() - began),
+                "loader_s": now.loader_s,
+                "saving_s": now.saving_s,
+                "step_ms": now.step_ms,
+                "gradients": now.gradients,
+                "tables": {
+                    table: {"unknown": unknown / ids, "distinct": distinct / ids}
+                    for table, (ids, unknown, distinct) in now.tables.items()
+                    if ids
+                },
+            }
+            self._append(point)
+            self._telemetry.tell(point, now.rows - told.rows)
             told = replace(now)
 
         return on_step
 
     def _append(self, line: dict[str, Any]) -> None:
-        if self._enabled():
+        if self._mine():
             with naming(self._file), self._file.open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
 

@@ -38,6 +38,7 @@ _NOT_IDENTITY = (
     "skip_steps",
     "max_rollbacks",
     "checkpoint_every_s",
+    "profile",
     "item_vectors",  # told apart by what they are, see identity()
     "item_vectors_std",
     "warm_start",
@@ -119,6 +120,7 @@ class TrainConfig(Config):
         description="times that training, where one more step is not finite, goes back to the newest "
         "checkpoint and on with half the learning rates, before it ends",
     )
+    profile: bool = Field(False, description="write a trace of worker 0's steps 5 to 10 after each start")
 
     @field_validator("num_workers")
     @classmethod

@@ -106,6 +106,10 @@ class ShardedModel:
         """The model as it was before `Loss` wrapped it; its lookups are collective."""
         return self.model.module.model
 
+    def lookups(self) -> list[nn.Module]:
+        """The modules that look this worker's tables up, each of which gives one tensor of embeddings."""
+        return [each for module in self.model.modules() for each in getattr(module, "_lookups", [])]
+
     def weights(self) -> dict[str, Any]:
         """Parameter name -> Tensor or ShardedTensor, views of the live weights."""
         return dict(self.model.state_dict())

@@ -34,6 +34,7 @@ from recsys_dist.train.worker import FAILURE, RESERVE, train_worker
 OnReport = Callable[[dict[str, Any]], None]
 _POLL_S = 0.3
 _RESERVE_BYTES = 8192
+BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows [{elapsed}{postfix}]"
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def _reports(file: Path, on_report: OnReport | None) -> Iterator[None]:
 
 def _follow(file: Path, on_report: OnReport | None, done: threading.Event) -> None:
     offset, last = 0, False
-    with tqdm(unit="row", unit_scale=True, leave=False, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(bar_format=BAR, unit_scale=True, leave=False, disable=not sys.stderr.isatty()) as bar:
         while not last:
             last = done.wait(_POLL_S)  # one more look after the end
             for line, after in read(file, offset):
@@ -193,9 +194,18 @@ def _follow(file: Path, on_report: OnReport | None, done: threading.Event) -> No
                 if line["kind"] == "notice":
                     tqdm.write("\n  ".join([f"{line['what']}:", *line["details"]]), file=sys.stderr)
                 if line["kind"] == "curve":
-                    bar.set_description(
-                        f"{line['phase']} epoch {line['epoch']}/{line['epochs']}", refresh=False
-                    )
-                    bar.total = line["of_rows"]
-                    bar.set_postfix_str(f"loss {line['loss']:.4f}", refresh=False)
-                    bar.update(line["rows"] - bar.n)
+                    show(line, bar)
+
+
+def show(line: dict[str, Any], bar: "tqdm[Any]") -> None:
+    """A point of the learning curve on the bar.
+
+    Its own rate would count Ray's start, validation, and rows that were trained before a restart.
+    """
+    left = tqdm.format_interval((line["of_rows"] - line["rows"]) / line["rows_per_s"])
+    bar.set_description(f"{line['phase']} epoch {line['epoch']}/{line['epochs']}", refresh=False)
+    bar.set_postfix_str(
+        f"{line['rows_per_s']:,.0f} rows/s, {left} left, loss {line['loss']:.4f}", refresh=False
+    )
+    bar.total, bar.n = line["of_rows"], line["rows"]
+    bar.refresh()

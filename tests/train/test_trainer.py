@@ -1,4 +1,5 @@
 import contextlib
+import io
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
+from tqdm import tqdm
 
 from jobs.ledger_model import trained_once
 from recsys_dist.data.collate import collate
@@ -21,7 +23,9 @@ from recsys_dist.metrics import RankingState
 from recsys_dist.train import trainer
 from recsys_dist.train.checkpoint import latest_valid, load_for_inference
 from recsys_dist.train.progress import PROGRESS, read
+from recsys_dist.train.sampling import PARTS
 from recsys_dist.train.settings import TrainConfig
+from recsys_dist.train.telemetry import TRACE
 from recsys_dist.train.validate import user_keys
 from tests.train import prepared
 
@@ -91,7 +95,12 @@ def test_a_run_from_shards_to_a_checkpoint(data, tmp_path):
     for point in points:
         assert point["gradients"].keys() == {"tower.layers.0", "tower.layers.2"}
         assert min(point["gradients"].values()) > 0
-        assert point["rows_per_s"] > 0
+        assert point["rows_per_s"] > 0 and point["loader_s"] > 0
+        assert tuple(point["step_ms"]) == PARTS
+        assert min(point["step_ms"][part] for part in ("exchange", "lookup", "dense", "optimizer")) > 0
+        assert point["tables"].keys() == {"user", "item"}
+        for shares in point["tables"].values():  # the rows of the made-up data are all known, and often used
+            assert shares["unknown"] == 0 and 0.1 < shares["distinct"] < 1
     best = result.history[result.chosen_epoch - 1]
     assert best["auc"] == max(entry["auc"] for entry in result.history)
 
@@ -222,6 +231,37 @@ def test_a_killed_worker_is_replaced(data, tmp_path):
     resumed = trainer.fit(cfg, tmp_path / "b", on_report=kill_one)
     assert killed
     assert_same(uninterrupted.checkpoint, resumed.checkpoint)
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.ray
+@pytest.mark.e2e
+def test_a_profiled_run_is_the_same_run_with_a_trace(data, tmp_path):
+    cfg = config(data, epochs=1, refit=False)
+    plain = trainer.fit(cfg, tmp_path / "a")
+    profiled = trainer.fit(cfg.override(["profile=true"]), tmp_path / "b")
+    assert profiled.run.name == plain.run.name
+    assert_same(plain.checkpoint, profiled.checkpoint)
+    assert not (plain.run / TRACE).exists()
+    events = json.loads((profiled.run / TRACE).read_text())["traceEvents"]
+    steps = [event for event in events if event["name"].startswith("Optimizer.step#Adam")]
+    assert len(steps) == 6, "of the 5th to the 10th step"
+    names = {event["name"] for event in events}
+    assert {"aten::addmm", "gloo:all_reduce"} < names
+
+
+def test_the_bar_tells_the_rate_of_training_also_after_a_resume():
+    """Half of the rows were trained before the restart, and Ray took its time to start: neither counts."""
+    said = io.StringIO()
+    point = {"phase": "choose", "epoch": 2, "epochs": 3, "loss": 0.5, "of_rows": 10_000}
+    with tqdm(bar_format=trainer.BAR, unit_scale=True, file=said, mininterval=0, ncols=100) as bar:
+        bar.start_t -= 60
+        trainer.show({**point, "rows": 5_000, "rows_per_s": 100.0}, bar)
+        assert "50%" in said.getvalue() and "100 rows/s, 00:50 left, loss 0.5000" in said.getvalue()
+        trainer.show({**point, "rows": 6_000, "rows_per_s": 200.0}, bar)
+        assert "60%" in said.getvalue() and "200 rows/s, 00:20 left" in said.getvalue()
+        trainer.show({**point, "rows": 4_000, "rows_per_s": 100.0}, bar)  # a worker was lost
+        assert bar.n == 4_000
 
 
 def start_and_kill(cfg: TrainConfig, out: Path, when: str) -> Path:
@@ -373,6 +413,7 @@ def test_data_that_is_not_there(tmp_path):
 def test_a_run_is_known_by_what_it_learns_not_by_where(data):
     digest = config(data).run_digest("d")
     assert config(data, num_workers=1, threads_per_worker=2, max_failures=0).run_digest("d") == digest
+    assert config(data, profile=True).run_digest("d") == digest
     assert config(data, seed=1).run_digest("d") != digest
     assert config(data).run_digest("other data") != digest
 

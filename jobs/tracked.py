@@ -136,7 +136,7 @@ def evaluated(prepared: Prepared, checkpoint: Path, cfg: EvaluateConfig) -> dict
 
 
 # Runs of former versions, which have told less, are told again when they are asked for once more.
-_OF_A_POINT: tuple[str, ...] = ("loss", "rows_per_s", "loader_s", "saving_s")
+_OF_A_POINT: tuple[str, ...] = ("loss", "rows_per_s", "skipped", "loader_s", "saving_s")
 
 
 def _curve_recorder(record: Recorder) -> Callable[[dict[str, Any]], None]:

@@ -142,8 +142,9 @@ def _state(sharded: ShardedModel, catalogue: Catalogue) -> dict[str, Any]:
 
 
 def _finite(state: dict[str, Any]) -> bool:
-    """Whether this worker's part has neither NaN nor infinity in it."""
-    held = [tensor for value in state.values() for tensor, _ in local(value)]
+    """Whether what this worker has learned has neither NaN nor infinity in it."""
+    learned = [value for name, value in state.items() if not name.startswith("catalogue.")]
+    held = [tensor for value in learned for tensor, _ in local(value)]
     return all(math.isfinite(t.sum(dtype=torch.float64)) for t in held if t.is_floating_point())
 
 

@@ -57,12 +57,20 @@ class TableOptimizer(Config):
         "has it: a step takes a gradient as large as the table",
     )
 
+    precision: Literal["fp16"] | None = Field(
+        None,
+        description="of the tables' weights: fp16 halves their bytes, in memory and in checkpoints; default: "
+        "fp32. What is looked up, and the optimizer's state, are fp32 either way",
+    )
+
     @model_validator(mode="after")
     def _own_penalties(self) -> "TableOptimizer":
         if self.rule != "ftrl" and (self.l1 or self.l2):
             raise ValueError(f"l1 and l2 are of rule 'ftrl'; {self.rule!r} has none")
         if self.rule != "rowwise_adagrad" and self.weight_decay:
             raise ValueError(f"weight_decay is of rule 'rowwise_adagrad'; {self.rule!r} has none")
+        if self.precision is not None and not self.fused:
+            raise ValueError("precision is for what the lookup kernels step: no FTRL, and no weight_decay")
         return self
 
     @property

@@ -99,7 +99,7 @@ def describe(found: Plan) -> str:
         where = ",".join(map(str, at)) if len(at) < found.workers or found.workers == 1 else "all"
         lines.append(
             f"{table.name:<{width}}  {table.rows:>13,}  {table.dim:>3}  "
-            f"{_size(table.rows * table.dim * _FLOAT):>9}  {table.kind:<13}  {where:>7}  "
+            f"{_size(table.rows * table.dim * table.weight_bytes):>9}  {table.kind:<13}  {where:>7}  "
             f"{_size(found.exchanged[table.name]):>14}"
         )
     lines += [
@@ -128,7 +128,7 @@ def _holds(
     }
     for table in tables:
         for worker, rows, wide in table.pieces:
-            holds["weights"][worker] += rows * wide * _FLOAT
+            holds["weights"][worker] += rows * wide * table.weight_bytes
             holds["optimizer"][worker] += rows * _state_floats(table, wide) * _FLOAT
             holds["gradients"][worker] += 0 if table.fused else rows * wide * _FLOAT
         vectors = max(cfg.parts(workers)) * _vectors_per_row(table, ids)

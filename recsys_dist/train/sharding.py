@@ -25,6 +25,7 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ShardingPlan
+from torchrec.modules.embedding_configs import DataType
 
 from recsys_dist.config import Config, nearest, rng_for
 from recsys_dist.errors import ConfigError
@@ -77,6 +78,11 @@ class Placed:
     rule: TableOptimizer
     features: tuple[str, ...]
     pieces: tuple[tuple[int, int, int], ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of one weight."""
+        return 2 if self.rule.precision == "fp16" else _FLOAT_BYTES
 
 
 class ShardedModel:
@@ -162,6 +168,7 @@ def shard(
     rules = table_rules(model, groups, optimizer)
     tables = tables_of(model)
     connect(model)
+    _narrow(model, rules)
     attach(model, rules)
     sharders = _sharders()
     constraints = _constraints(sharding, tables, rules, torch.device(device).type)
@@ -190,6 +197,7 @@ def place(
     """What `shard` would do with so many workers, without any of them. Raises ConfigError as it would."""
     rules = table_rules(model, groups, optimizer)
     tables = tables_of(model)
+    _narrow(model, rules)
     attach(model, rules)
     constraints = _constraints(sharding, tables, rules, device)
     planner = _planner(workers, constraints, device)
@@ -292,6 +300,11 @@ def _kinds(cfg: ShardingConfig, table: Any, weight: str, rule: TableOptimizer, d
         refused["column_wise"] = (
             f"its dimension {dim} cannot be cut into columns of {_COLUMNS} or more; take table_wise"
         )
+    if rule.precision is not None:
+        refused["data_parallel"] = (
+            "data-parallel tables are stepped by gradients of their own precision, which fp16 has too little "
+            "of; unset its optimizer's precision, or shard it table_wise or row_wise"
+        )
     if ".embeddings." in f".{weight}":
         if not rule.fused:
             raise ConfigError(
@@ -329,6 +342,15 @@ def _planner(
 
 def _gpu_bytes() -> int:
     return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else _ANY_BYTES
+
+
+def _narrow(model: nn.Module, rules: Mapping[str, TableOptimizer]) -> None:
+    """Have "meta" tables of lower precision be sharded as such. (FBGEMM has no bf16 on CPU.)"""
+    tables = tables_of(model)
+    for name in (name for name, rule in rules.items() if rule.precision == "fp16"):
+        tables[name].data_type = DataType.FP16
+        narrow = torch.empty_like(model.get_parameter(name), dtype=torch.half)
+        model.get_submodule(name.rpartition(".")[0]).weight = nn.Parameter(narrow)
 
 
 def _keep_gradients(plan: ShardingPlan, tables: list[str]) -> None:

@@ -177,7 +177,7 @@ def _take(checkpoint: Path, key: str, into: Any, rows_R: np.ndarray, size: torch
         values = former[rows[known]]
         if values.dim() > 1:
             values = values[:, offsets[1] : offsets[1] + tensor.shape[1]]
-        tensor[known] = values.to(tensor.device)
+        tensor[known] = values.to(tensor)
 
 
 def _take_dense(

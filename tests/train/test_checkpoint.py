@@ -12,6 +12,7 @@ from recsys_dist.models import protocol
 from recsys_dist.models.protocol import Catalogue
 from recsys_dist.train.checkpoint import Manifest, latest_valid, load_for_inference, retain, verify
 from recsys_dist.train.loop import Epoch, Workers, idle_batch
+from recsys_dist.train.optim import OptimizerConfig
 from recsys_dist.train.pieces import local
 from recsys_dist.train.sharding import ShardingConfig, shard
 from tests.train import tiny
@@ -73,6 +74,7 @@ def catalogue() -> Catalogue:
     return Catalogue(torch.arange(tiny.ROWS["item"]))
 
 
+HALF = OptimizerConfig.parse({"deep": {**ROWWISE.deep.model_dump(), "precision": "fp16"}})
 DATA_PARALLEL = {"tables": {"user": "data_parallel", "item": "data_parallel"}}
 WIDE_DATA_PARALLEL = {"tables": {"wide_item": "data_parallel"}}
 COLUMN_WISE = {"tables": {"user": "column_wise", "step": "column_wise"}}
@@ -86,6 +88,7 @@ COLUMN_WISE = {"tables": {"user": "column_wise", "step": "column_wise"}}
         (ROWWISE, (1, {}), (3, {"kind": "row_wise"})),
         (ROWWISE, (3, {"kind": "row_wise"}), (2, DATA_PARALLEL)),
         (ROWWISE, (2, DATA_PARALLEL), (2, {"kind": "table_wise"})),
+        (HALF, (2, {"kind": "table_wise"}), (3, {"kind": "row_wise"})),
         (ADAGRAD, (2, COLUMN_WISE), (3, {"kind": "row_wise"})),
         (ADAGRAD, (2, {"kind": "row_wise"}), (2, COLUMN_WISE)),
         (FTRL, (2, {"kind": "row_wise"}), (3, {"kind": "table_wise"})),
@@ -99,8 +102,33 @@ def test_training_goes_on_at_another_worker_count_and_sharding(tmp_path, optimiz
     for resumed in run_ranks(then[0], load_and_train, *then, optimizer, str(tmp_path)):
         for name, value in uninterrupted["one"].items():
             np.testing.assert_array_equal(resumed["one"][name], value, err_msg=name)
+        rtol = 1e-3 if optimizer.deep.precision else 1e-7  # which of two neighbours a sum is rounded to
         for name, value in uninterrupted["two"].items():
-            np.testing.assert_allclose(resumed["two"][name], value, atol=2e-5, err_msg=name)
+            np.testing.assert_allclose(resumed["two"][name], value, rtol, atol=2e-5, err_msg=name)
+
+
+def bytes_of_tables(_rank: int, root: str, optimizer) -> dict[str, int]:
+    sharded = sharded_model({}, optimizer)
+    saved = checkpoints.save(Path(root), sharded, catalogue(), manifest(1), Workers())
+    weights = sharded.weights()
+    sizes = {name: tensor.nbytes for name in sharded.tables for tensor, _ in local(weights[name])}
+    return {**sizes, "files": sum(file.stat().st_size for file in saved.path.glob("*.distcp"))}
+
+
+@pytest.mark.ranks
+def test_tables_of_fp16_take_half_of_the_bytes_and_are_read_as_floats(tmp_path, monkeypatch):
+    for module in (checkpoints, protocol):
+        monkeypatch.setattr(module, "model_module", lambda _: tiny)
+    roots = {name: tmp_path / name for name in ("full", "half")}
+    full = run_ranks(1, bytes_of_tables, str(roots["full"]), ROWWISE)[0]
+    half = run_ranks(1, bytes_of_tables, str(roots["half"]), HALF)[0]
+    deep = [name for name in half if name.endswith("weight") and "wide" not in name]
+    assert len(deep) == 3 and [half[name] * 2 for name in deep] == [full[name] for name in deep]
+    assert full["files"] - half["files"] > 0.9 * sum(half[name] for name in deep)
+    floats, read = (load_for_inference(*root.iterdir())[0].state_dict() for root in roots.values())
+    for name, weight in floats.items():
+        expected = weight.half().float() if f"model.{name}" in deep else weight
+        torch.testing.assert_close(read[name], expected, rtol=0, atol=0)
 
 
 def save_behind(rank: int, root: str) -> dict[str, dict[str, np.ndarray]]:

@@ -39,7 +39,9 @@ def main(argv: list[str]) -> None:
     asked = recipes.parse(argv)
     cfg = asked.cfg
     if asked.plan:
-        print("\n\n".join(map(describe, trainer.planned(cfg, Prepared.open(cfg.data)))))
+        plans = trainer.planned(cfg, Prepared.open(cfg.data))
+        print("\n\n".join(map(describe, plans)))
+        trainer.refuse_what_does_not_fit(cfg, plans)
         return
     outcome = tracked.run(cfg, Path(asked.out), asked.tracked, evaluate=None)
     print(summary(outcome.fitted, cfg))

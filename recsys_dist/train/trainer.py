@@ -65,7 +65,7 @@ def fit(cfg: TrainConfig, out: str | Path, on_report: OnReport | None = None) ->
     run = run_directory(cfg, prepared, out)
     with _reports(run / PROGRESS, on_report):
         if not (run / RESULT).exists():
-            planned(cfg, prepared)
+            refuse_what_does_not_fit(cfg, planned(cfg, prepared))
             session.connect()
             _check_cluster(cfg)
             write_text(cfg.to_yaml(), run / "config.yaml")
@@ -78,16 +78,18 @@ def fit(cfg: TrainConfig, out: str | Path, on_report: OnReport | None = None) ->
 
 
 def planned(cfg: TrainConfig, prepared: Prepared) -> list[Plan]:
-    """What would be placed where, by the fewest workers and by the most.
-
-    ConfigError where it does not go together, or could not be held here; what fits on a cluster that one
-    joins is not known beforehand.
-    """
+    """What would be placed where, by the fewest workers and by the most; ConfigError where it cannot train."""
     cfg.check(prepared)
-    plans = [plan(cfg, prepared, n) for n in sorted({cfg.fewest_workers, cfg.most_workers})]
+    return [plan(cfg, prepared, n) for n in sorted({cfg.fewest_workers, cfg.most_workers})]
+
+
+def refuse_what_does_not_fit(cfg: TrainConfig, plans: list[Plan]) -> None:
+    """ConfigError where this machine could not hold it.
+
+    What fits on a cluster that one joins is not known beforehand.
+    """
     if not os.environ.get("RAY_ADDRESS") and not cfg.use_gpu:
         plans[0].refuse_beyond(psutil.virtual_memory().total)
-    return plans
 
 
 def run_directory(cfg: TrainConfig, prepared: Prepared, out: str | Path) -> Path:

@@ -1,6 +1,7 @@
 """What a plan says, beside bytes counted by hand and beside what `shard` then does."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,6 +12,7 @@ from jobs import train as job
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import ConfigError
 from recsys_dist.models.protocol import model_module
+from recsys_dist.train import trainer
 from recsys_dist.train.catalogue import catalogue_of
 from recsys_dist.train.loop import Loss
 from recsys_dist.train.pieces import pieces
@@ -72,6 +74,18 @@ def test_what_no_machine_holds_is_refused_with_a_way_out(data: Path) -> None:
     found.refuse_beyond(held)
     with pytest.raises(ConfigError, match=r"largest table '(item|user)' has \d+ rows of 8: prepare with"):
         found.refuse_beyond(held - 1)
+
+
+def test_a_plan_that_does_not_fit_is_shown_and_then_refused(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trainer.psutil, "virtual_memory", lambda: SimpleNamespace(total=1000))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match="largest table"):
+        job.main(["wide_deep", f"data={data}", "num_workers=[1,2]", "--plan"])
+    said = capsys.readouterr().out
+    assert said.count("sent between workers in a step: 0 B") == 1, "by one worker, and by two"
+    assert said.count("sent between workers in a step") == 2
 
 
 def placed(rank: int, path: str, settings: dict) -> dict[str, list[tuple[int, int, int]]]:

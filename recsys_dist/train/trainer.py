@@ -78,7 +78,7 @@ def fit(cfg: TrainConfig, out: str | Path, on_report: OnReport | None = None) ->
 
 
 def planned(cfg: TrainConfig, prepared: Prepared) -> list[Plan]:
-    """What would be placed where, by the fewest workers and by the most; ConfigError where it cannot train."""
+    """What is placed where, by the fewest workers and by the most; ConfigError where it cannot be trained."""
     cfg.check(prepared)
     return [plan(cfg, prepared, n) for n in sorted({cfg.fewest_workers, cfg.most_workers})]
 

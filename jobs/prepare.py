@@ -74,9 +74,15 @@ def summary(prepared: Prepared) -> str:
         f"{ledger['read'] - ledger['kept']:,} quarantined{refused}\n"
         f"train {rows['ranking/train']:,} exposures, validation {rows['ranking/valid']:,} "
         f"(from {split['valid_from']}), test {rows['ranking/test']:,} (from {split['test_from']}); "
-        f"{len(prepared.items):,} items, {len(prepared.schema.features)} features\n"
+        f"{len(prepared.items):,} items, {len(prepared.schema.features)} features\n{_hashed(prepared)}"
         f"prepared data: {prepared.path}"
     )
+
+
+def _hashed(prepared: Prepared) -> str:
+    """A line per hashed feature: more buckets let fewer values share a row."""
+    found = prepared.manifest.collisions
+    return "".join(f"{n!r} is hashed: {share:.1%} of its values share a row\n" for n, share in found.items())
 
 
 def main(argv: list[str]) -> None:

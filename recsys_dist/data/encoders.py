@@ -188,6 +188,18 @@ def fit(schema: Schema, counts: Counts, users: Entities, items: Entities, freeze
     return Encoders(schema.fitted(rows), vocabularies, bounds, scales, statistics, freeze_day)
 
 
+def collisions(schema: Schema, counts: Counts, users: Entities, items: Entities) -> dict[str, float]:
+    """Hashed feature -> share of its values, in training and history events, that share a row with others."""
+    found = {}
+    for feature in schema.features:
+        if isinstance(feature, Categorical) and feature.hash_buckets is not None:
+            values, total = _counted(feature.column, counts, users, items)
+            seen = pc.unique(values.filter(pa.array(total > 0)).cast(pa.string()).drop_null())
+            _, of_row = np.unique(transforms.hash_rows(seen, feature.hash_buckets), return_counts=True)
+            found[feature.name] = float(of_row[of_row > 1].sum() / max(1, of_row.sum()))
+    return found
+
+
 def _raw(entities: Entities, column: str) -> pa.ChunkedArray:
     return pa.chunked_array([entities.ids]) if "." not in column else entities.attribute(column.split(".")[1])
 

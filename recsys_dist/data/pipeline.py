@@ -119,6 +119,7 @@ def _make_examples(
         config={**cfg.model_dump(mode="json"), "split": split.model_dump(mode="json")},
         splits=shards,
         ledger=found["ledger"],
+        collisions=fitting.collisions(schema, counts, world.users, world.items),
     )
     _check_complete(manifest, days)
     write_text(manifest.model_dump_json(indent=1), path / MANIFEST)

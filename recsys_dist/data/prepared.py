@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from recsys_dist.config import Config
 from recsys_dist.data.encoders import Encoders
@@ -40,6 +41,8 @@ class Manifest(Config):
     config: dict[str, Any]
     splits: dict[str, ShardSet]  # "ranking/train", "sequences/clicked/refit", "users/test", ...
     ledger: dict[str, Any]
+    # hashed feature -> share of its values that share a row with others
+    collisions: dict[str, float] = Field(default_factory=dict)
 
     @property
     def data_digest(self) -> str:

@@ -1,17 +1,21 @@
 """What is fitted: statistics by day against a loop, and encoded entities."""
 
+from collections import Counter
+
 import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recsys_dist.data.encoders import Statistics, _running
+from recsys_dist.data.counts import Counts
+from recsys_dist.data.encoders import Statistics, _running, collisions
+from recsys_dist.data.transforms import hash_rows
 from recsys_dist.data.vocab import Vocabulary
 from recsys_dist.errors import DataError
 from recsys_dist.schema import Categorical
 from tests.data.small_log import SCHEMA, events
-from tests.data.test_examples import world_of
+from tests.data.test_examples import SPLIT, world_of
 
 KEYS = Vocabulary(pa.array(["a", "b", "c"]), np.ones(3, np.int64))
 DAY_COUNTS = st.lists(
@@ -54,6 +58,20 @@ def test_the_digest_tells_another_mapping_apart() -> None:
     sliced = pa.concat_arrays([pa.array(["x"]), values])[1:]  # the same values, elsewhere in memory
     again.vocabularies["genre"] = Vocabulary(sliced, again.vocabularies["genre"].counts)
     assert again.digest() == encoders.digest()
+
+
+def test_values_that_share_a_row_are_counted() -> None:
+    """Of the items that training and history events have; items of later days alone do not count."""
+    hashed = Categorical(name="hashed_item", column="item_id", hash_buckets=9)
+    schema = SCHEMA.model_copy(update={"features": (*SCHEMA.features, hashed)})
+    log, world = events(), world_of(events())
+    until = SPLIT.valid_from
+    seen = {r["item_id"] for r in log.to_pylist() if r["date"] < until and r["item_id"] is not None}
+    rows = Counter(hash_rows(pa.array(sorted(seen)), 9).tolist())
+    expected = sum(n for n in rows.values() if n > 1) / len(seen)
+    found = collisions(schema, Counts.of(log, schema, SPLIT), world.users, world.items)
+    assert 0 < expected < 1 and found["hashed_item"] == pytest.approx(expected)
+    assert found.keys() == {"device", "hashed_item"}
 
 
 def test_an_attribute_that_no_table_has_is_named() -> None:

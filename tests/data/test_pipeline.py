@@ -20,6 +20,7 @@ import pytest
 import ray
 import ray.data
 
+from jobs.prepare import summary
 from recsys_dist.data import pipeline
 from recsys_dist.data.examples import sort_events
 from recsys_dist.data.pipeline import PrepareConfig, prepare
@@ -126,6 +127,13 @@ def test_every_row_is_an_example_once_or_quarantined(prepared: Prepared, log: pa
             r for r in kept if not r["history"] and (r["date"] >= days[-2]) + (r["date"] >= days[-1]) == index
         ]
         assert Counter(map(key, rows_of(prepared, f"ranking/{name}"))) == Counter(map(key, of_split))
+
+
+def test_it_is_told_how_many_values_share_a_row(prepared: Prepared) -> None:
+    [(name, share)] = prepared.manifest.collisions.items()
+    assert name == "device" and f"'device' is hashed: {share:.1%} of its values share a row" in summary(
+        prepared
+    )
 
 
 def test_recall_learns_from_first_encounters_of_training_days(prepared: Prepared, log: pa.Table) -> None:

@@ -7,7 +7,7 @@ optimizer state, on made-up batches in memory. Every `--steps` steps `train.chec
 copies, which stops training, and a thread writes the copy while training goes on.
 
 stall  what the copy stops training for; of a minute, as a run saves by default once a minute
-write  from the end of the copy to the commit, all files on disk
+write  from the end of the copy until all files are on disk and older ones gone; and the thread's CPU time
 steps  medians of those while nothing is written, and of those meanwhile
 lost   stall and what the slower steps of a write come to, of a minute
 """
@@ -124,9 +124,11 @@ def refuse_without_room(size_bytes: int, folder: Path) -> None:
 class _Save:
     """A save and the steps before it, since the last commit; times are those of `time.perf_counter`."""
 
+    asked: bool = False
     began: float = 0.0
     copied: float = 0.0
     committed: float = 0.0
+    write_cpu_s: float = 0.0
     steps_before_s: list[float] = field(default_factory=list)
     steps_during_s: list[float] = field(default_factory=list)
 
@@ -138,6 +140,7 @@ class _Save:
         return {
             "stall_s": stall_s,
             "write_s": write_s,
+            "write_cpu_s": self.write_cpu_s,
             "step_ms": step_s * 1e3,
             "step_while_writing_ms": slower_s * 1e3,
             "stall_of_a_minute": stall_s / _EVERY_S,
@@ -163,14 +166,18 @@ class _Saving:
         )
 
     def _due(self) -> bool:
-        return not self.saves[-1].began and len(self.saves[-1].steps_before_s) >= self.args.steps
+        save = self.saves[-1]
+        due = not save.asked and len(save.steps_before_s) >= self.args.steps
+        save.asked |= due  # only once: it begins two steps later
+        return due
 
     def _save(self) -> None:
         save = self.saves[-1]
 
         def committed(saved: Checkpoint) -> None:
-            save.committed = time.perf_counter()
             retain(self.folder, [saved.path])
+            save.write_cpu_s = time.thread_time() - sum(one.write_cpu_s for one in self.saves)
+            save.committed = time.perf_counter()
 
         save.began = time.perf_counter()
         self.background.save(self.folder, self.sharded, self.catalogue, self.manifest, then=committed)
@@ -206,14 +213,14 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['size_bytes'] / 1e9:.2f} GB of weights and optimizer state, {result['date']}, "
         f"{result['hardware']}, load {result['load']:.1f}",
-        "           stall s  write s  step ms  while writing  stall, of a minute  lost, of a minute",
+        "           stall s  write s    CPU s  step ms  while writing  stall, of a minute  lost, of a minute",
     ]
     names = ["warm-up", *(f"save {number}" for number in range(1, len(result["saves"]))), "median"]
     for name, one in zip(names, [*result["saves"], result], strict=True):
         lines.append(
-            f"  {name:>7}  {one['stall_s']:>7.3f}  {one['write_s']:>7.2f}  {one['step_ms']:>7.1f}  "
-            f"{one['step_while_writing_ms']:>13.1f}  {one['stall_of_a_minute']:>18.2%}  "
-            f"{one['lost_of_a_minute']:>17.2%}"
+            f"  {name:>7}  {one['stall_s']:>7.3f}  {one['write_s']:>7.2f}  {one['write_cpu_s']:>7.2f}  "
+            f"{one['step_ms']:>7.1f}  {one['step_while_writing_ms']:>13.1f}  "
+            f"{one['stall_of_a_minute']:>18.2%}  {one['lost_of_a_minute']:>17.2%}"
         )
     return "\n".join([*lines, f"required: a stall of less than {STALL_AT_MOST:.0%}"])
 

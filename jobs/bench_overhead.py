@@ -98,7 +98,7 @@ def _kinds(
             log = folder / f"{kind}-{world}-{rank}.log"
             sides.append(stack.enter_context(Side(kind, command, log, {**environ, "OMP_NUM_THREADS": "1"})))
         kinds[kind] = lambda sides=sides: theirs(sides)  # type: ignore[misc]
-    return kinds | {kind: lambda kind=kind: ours(kind) for kind in OURS}  # type: ignore[misc]
+    return kinds | {kind: lambda kind=kind: ours(kind) for kind in OURS}
 
 
 def _combined(found: list[tuple[float, float]]) -> Found:

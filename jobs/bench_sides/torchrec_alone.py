@@ -106,4 +106,5 @@ def sharded(model: Model) -> tuple[nn.Module, CombinedOptimizer]:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:5]), sys.argv[5])
+    rank, world, port, steps = map(int, sys.argv[1:5])
+    main(rank, world, port, steps, sys.argv[5])

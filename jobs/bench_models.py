@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         rows = Path(folder) / "rows.npz"
         np.savez(rows, **made_up(args.steps * args.batch_rows))  # type: ignore[arg-type]
         sides = [
-            stack.enter_context(Side(name, python, rows, (args.batch_rows, args.threads)))
+            stack.enter_context(side(name, python, rows, args.batch_rows, args.threads))
             for name, python in pythons.items()
         ]
         rates: Rates = {}
@@ -97,20 +97,18 @@ def environment(library: str, folder: Path) -> str:
 
 
 class Side:
-    """A process that trains as told; see jobs.bench_sides."""
+    """A process that measures as it is told on stdin, with `environ` added to its own, and logs to `log`."""
 
-    def __init__(self, name: str, python: str, rows: Path, sizes: tuple[int, int]) -> None:
-        self.name, self.log = name, rows.with_name(f"{name}.log")
-        command = [python, "-m", "jobs.bench_sides", name, str(rows), *map(str, sizes)]
-        environ = {**os.environ, "OMP_NUM_THREADS": str(sizes[1]), "PYTHONWARNINGS": "ignore"}
-        with self.log.open("w") as log:
+    def __init__(self, name: str, command: list[str], log: Path, environ: Mapping[str, str]) -> None:
+        self.name, self.log = name, log
+        with self.log.open("w") as stream:
             self.process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=environ,
+                env={**os.environ, "PYTHONWARNINGS": "ignore", **environ},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=log,
+                stderr=stream,
                 text=True,
             )
 
@@ -121,14 +119,27 @@ class Side:
         self.process.kill()
         self.process.communicate()
 
-    def ask(self, *words: str) -> Any:
-        """Its answer; RuntimeError, with the end of what it printed, where it fails."""
-        assert self.process.stdin is not None and self.process.stdout is not None
+    def tell(self, *words: str) -> None:
+        assert self.process.stdin is not None
         print(*words, file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"{self.name} failed at {' '.join(words)}:\n{self.log.read_text()[-2000:]}")
-        return json.loads(answer)
+
+    def answer(self) -> Any:
+        """To the oldest words unanswered; RuntimeError, with the end of what it printed, where it fails."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} failed:\n{self.log.read_text()[-2000:]}")
+        return json.loads(line)
+
+    def ask(self, *words: str) -> Any:
+        self.tell(*words)
+        return self.answer()
+
+
+def side(name: str, python: str, rows: Path, batch_rows: int, threads: int) -> Side:
+    """The process of one side; see jobs.bench_sides."""
+    command = [python, "-m", "jobs.bench_sides", name, str(rows), str(batch_rows), str(threads)]
+    return Side(name, command, rows.with_name(f"{name}.log"), {"OMP_NUM_THREADS": str(threads)})
 
 
 def measured(sides: list[Side], models: list[str], repeats: int) -> Rates:

@@ -2,13 +2,18 @@
 
   python -m jobs.bench_train --json bench.json
   python -m jobs.bench_train --models all --json models.json
+  python -m jobs.bench_train --overhead --json overhead.json
+  python -m jobs.bench_train --memory --json memory.json
 
 Wide & Deep on made-up rows, a global batch of 4,096, one thread per worker. In the same run, interleaved:
 loader-only (Ray Data and collate), step-only (batches made before), end-to-end (both), each with one and
 two workers, beside a plain PyTorch loop (nn.EmbeddingBag, torch optimizers) on tensors sliced before.
 
-With --models, instead: one worker's rows per second of each model, beside plain PyTorch, torch-rechub and
-deepctr-torch; see jobs/bench_models.py.
+Instead, with
+--models    one worker's rows per second of each model, beside plain PyTorch, torch-rechub and deepctr-torch;
+            see jobs/bench_models.py
+--overhead  what our loop, Ray Data and a run's progress cost on top of TorchRec alone, by 1 and 2 workers
+--memory    peak memory of a worker on some rows and on ten times as many; see jobs/bench_overhead.py for both
 """
 
 import argparse
@@ -23,17 +28,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
-from jobs import bench_models
-from jobs.bench_workers import BENCH_SCHEMA, BenchWorker, free_port
+from jobs import bench_models, bench_overhead
+from jobs.bench_workers import BENCH_SCHEMA, started, write_shards
 from jobs.command import reported
 from recsys_dist import session
-from recsys_dist.config import rng_for
-from recsys_dist.schema import Sequence
+from recsys_dist.models.wide_deep import Config
 
 TOWERS = {"256-128": (256, 128), "1024-512-256": (1024, 512, 256)}
 REQUIRED = {"256-128": 1.3, "1024-512-256": 1.6}  # two workers over one, end to end
@@ -45,10 +46,18 @@ def main(argv: list[str]) -> None:
     if args.models:
         result = bench_models.compare(args)
         print(bench_models.table(result))
+    elif args.overhead:
+        result = bench_overhead.compare(args)
+        print(bench_overhead.table(result))
+    elif args.memory:
+        result = bench_overhead.memory(args)
+        print(bench_overhead.memory_table(result))
     else:
         session.connect()
         with tempfile.TemporaryDirectory(prefix="bench-train-") as folder:
-            files = write_shards(Path(folder), args.steps * args.batch_rows, args.batch_rows * 8)
+            files = write_shards(
+                Path(folder), args.steps * args.batch_rows, args.batch_rows * 8, BENCH_SCHEMA
+            )
             result = measure(files, args)
         print(table(result))
     if args.json:
@@ -67,6 +76,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-rows", type=int, default=4096, help="rows of a global batch")
     parser.add_argument("--towers", default=",".join(TOWERS), help="which of them (default: %(default)s)")
     parser.add_argument("--models", metavar="NAMES", help="'all', or models with commas between")
+    parser.add_argument("--overhead", action="store_true", help="beside TorchRec alone")
+    parser.add_argument("--memory", action="store_true", help="of few rows and of many")
+    parser.add_argument("--rows", type=int, default=300_000, help="the few, with --memory")
     parser.add_argument("--threads", type=int, default=2, help="of each process, with --models")
     parser.add_argument(
         "--environments", metavar="DIR", default="runs/bench", help="where --models installs the libraries"
@@ -76,41 +88,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def write_shards(folder: Path, rows: int, shard_rows: int) -> list[tuple[str, int]]:
-    """Made-up training shards of `BENCH_SCHEMA`; ids are Zipf-like, histories have 10 items on average."""
-    files = []
-    for number, start in enumerate(range(0, rows, shard_rows)):
-        size = min(shard_rows, rows - start)
-        rng = rng_for(0, "bench", number)
-        columns: dict[str, Any] = {}
-        for feature in BENCH_SCHEMA.ids:
-            assert feature.rows is not None
-            lengths = rng.integers(0, 21, size) if isinstance(feature, Sequence) else np.ones(size, np.int64)
-            ids = (feature.rows ** rng.random(lengths.sum())).astype(np.int32)
-            offsets = np.r_[0, np.cumsum(lengths)].astype(np.int32)
-            is_list = isinstance(feature, Sequence)
-            columns[feature.name] = pa.ListArray.from_arrays(offsets, ids) if is_list else ids
-        columns |= {feature.name: rng.normal(size=size).astype(np.float32) for feature in BENCH_SCHEMA.dense}
-        columns["click"] = rng.integers(0, 2, size).astype(np.float32)
-        columns["row_id"] = (np.int64(number) << 32) + np.arange(size)
-        file = folder / f"part-{number:05d}.parquet"
-        pq.write_table(pa.table(columns), file)
-        files.append((str(file), size))
-    return files
-
-
 def measure(files: list[tuple[str, int]], args: argparse.Namespace) -> dict[str, Any]:
     """Rows per second of each measurement: every repeat, and the median."""
-    actor: Any = ray.remote(num_cpus=0)(BenchWorker)
-    groups = {1: [actor.remote()], 2: [actor.remote(), actor.remote()]}
-    for world, group in groups.items():
-        port = free_port()
-        joined = [w.join.remote(r, world, port, args.batch_rows, files) for r, w in enumerate(group)]
-        ray.get(joined)
+    groups = {world: started(world, args.batch_rows, files) for world in (1, 2)}
     runs: dict[str, dict[str, list[dict[str, float]]]] = {}
     for tower in args.towers.split(","):
         for group in groups.values():
-            ray.get([worker.build.remote(TOWERS[tower]) for worker in group])
+            ray.get([worker.build.remote(Config(hidden=TOWERS[tower])) for worker in group])
         kinds = [*itertools.product(("loader", "step", "end_to_end"), groups), ("plain", 1)]
         for _, (kind, world) in itertools.product(range(args.repeats + 1), kinds):  # the first warms up
             found = ray.get([worker.measure.remote(kind) for worker in groups[world]])

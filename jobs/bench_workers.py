@@ -1,52 +1,106 @@
-"""The processes that `jobs.bench_train` measures: one worker of a group, and the plain PyTorch loop."""
+"""The processes that `jobs.bench_train` measures: one worker of a group, and the plain PyTorch loop.
+
+And the rows that they train on.
+"""
 
 import itertools
+import re
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from recsys_dist import cpu
 from recsys_dist.batch import Batch
+from recsys_dist.config import rng_for
 from recsys_dist.data.collate import collate, columns
 from recsys_dist.data.feed import Feed
 from recsys_dist.data.order import deal, evenly, shuffled, stored
 from recsys_dist.models.layers import MLP
-from recsys_dist.models.wide_deep import Config, Model
-from recsys_dist.schema import Schema
-from recsys_dist.train.loop import Epoch, Loss, Workers, idle_batch
+from recsys_dist.models.protocol import model_module
+from recsys_dist.models.ranking import TowerConfig
+from recsys_dist.schema import Schema, Sequence
+from recsys_dist.train.loop import Epoch, Loss, Totals, Workers, idle_batch
 from recsys_dist.train.optim import OptimizerConfig
+from recsys_dist.train.progress import Progress, steps_per_point
+from recsys_dist.train.sampling import Stopwatch, features_of_tables
 from recsys_dist.train.sharding import ShardingConfig, shard
 
 _IDS, _TABLE_ROWS, _FLOATS = 10, 100_000, 8
 _DISTINCT_BATCHES = 8  # cycled through where loading is not measured
+_EPOCH_ROWS = 1_000_000  # of which a `run` tells as if it were the beginning
 
 
-def _bench_schema() -> Schema:
-    ids = [{"kind": "categorical", "name": "item", "column": "item_id"}]
-    ids += [{"kind": "categorical", "name": f"id_{i}", "column": f"users.id_{i}"} for i in range(1, _IDS)]
-    crosses = [{"kind": "cross", "name": f"cross_{i}", "of": ["item", f"id_{i}"]} for i in (1, 2)]
+def ids_and_floats(ids: int, table_rows: int, *more: dict[str, Any]) -> Schema:
+    """A schema of so many single ids, each with a table of its own, 8 floats, and `more` features."""
+    features = [{"kind": "categorical", "name": "item", "column": "item_id"}]
+    features += [{"kind": "categorical", "name": f"id_{i}", "column": f"users.id_{i}"} for i in range(1, ids)]
     floats = [{"kind": "numeric", "name": f"float_{i}", "column": f"users.float_{i}"} for i in range(_FLOATS)]
-    history = {"kind": "sequence", "name": "history", "of": "item", "max_length": 20}
     schema = Schema.parse(
         {
-            "features": [*ids, *crosses, history, *floats],
+            "features": [*features, *more, *floats],
             "labels": [{"name": "click"}],
             "ranking_label": "click",
             "recall_positive": ["click"],
         }
     )
-    return schema.fitted({schema.table(feature): _TABLE_ROWS for feature in schema.ids})
+    return schema.fitted({schema.table(feature): table_rows for feature in schema.ids})
 
 
-BENCH_SCHEMA = _bench_schema()
+BENCH_SCHEMA = ids_and_floats(
+    _IDS,
+    _TABLE_ROWS,
+    *({"kind": "cross", "name": f"cross_{i}", "of": ["item", f"id_{i}"]} for i in (1, 2)),
+    {"kind": "sequence", "name": "history", "of": "item", "max_length": 20},
+)
+
+
+def made_up(schema: Schema, size: int, number: int) -> pa.Table:
+    """Shard `number`, of so many rows; ids are Zipf-like, histories have 10 items on average."""
+    rng = rng_for(0, "bench", number)
+    columns: dict[str, Any] = {}
+    for feature in schema.ids:
+        assert feature.rows is not None
+        lengths = rng.integers(0, 21, size) if isinstance(feature, Sequence) else np.ones(size, np.int64)
+        ids = (feature.rows ** rng.random(lengths.sum())).astype(np.int32)
+        offsets = np.r_[0, np.cumsum(lengths)].astype(np.int32)
+        is_list = isinstance(feature, Sequence)
+        columns[feature.name] = pa.ListArray.from_arrays(offsets, ids) if is_list else ids
+    columns |= {feature.name: rng.normal(size=size).astype(np.float32) for feature in schema.dense}
+    columns["click"] = rng.integers(0, 2, size).astype(np.float32)
+    columns["row_id"] = (np.int64(number) << 32) + np.arange(size)
+    return pa.table(columns)
+
+
+def write_shards(folder: Path, rows: int, shard_rows: int, schema: Schema) -> list[tuple[str, int]]:
+    """Made-up training shards: each one's file and rows."""
+    files = []
+    for number, start in enumerate(range(0, rows, shard_rows)):
+        size = min(shard_rows, rows - start)
+        file = folder / f"part-{number:05d}.parquet"
+        pq.write_table(made_up(schema, size, number), file)
+        files.append((str(file), size))
+    return files
 
 
 class BenchWorker:
-    """One worker of a group that lives through the whole benchmark."""
+    """One worker of a group that lives through the whole benchmark.
+
+    distinct  batches that it cycles through where loading is not measured
+    """
+
+    def __init__(self, schema: Schema = BENCH_SCHEMA, distinct: int = _DISTINCT_BATCHES) -> None:
+        self.schema, self.distinct = schema, distinct
 
     def join(self, rank: int, world: int, port: int, batch_rows: int, files: list[tuple[str, int]]) -> None:
         """Meet the others of the group."""
@@ -54,21 +108,41 @@ class BenchWorker:
         dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
         parts = evenly(batch_rows, world)
         self.rows = parts[rank]
-        self.share = deal(shuffled(stored(files, columns(BENCH_SCHEMA)), 0, 1), parts)[rank]
-        self.idle = idle_batch(BENCH_SCHEMA, max(parts))
-        self.batches = list(itertools.islice(self._load(), _DISTINCT_BATCHES))
+        self.share = deal(shuffled(stored(files, columns(self.schema)), 0, 1), parts)[rank]
+        self.idle = idle_batch(self.schema, max(parts))
+        self.batches = list(itertools.islice(self._load(), self.distinct))
         self.steps = sum(rows for _, rows in files) // batch_rows
 
-    def build(self, hidden: tuple[int, ...]) -> None:
-        """Models of the next measurements, ours and the plain one."""
+    def build(self, cfg: TowerConfig) -> None:
+        """Models of the next measurements: ours and, of Wide & Deep, the plain one."""
         torch.manual_seed(0)
-        loss = Loss(Model(Config(hidden=hidden), BENCH_SCHEMA))
+        loss = Loss(model_module(cfg.name).Model(cfg, self.schema))
         groups = loss.model.table_groups()
         self.sharded = shard(loss, groups, OptimizerConfig(), ShardingConfig(), seed=0)
-        self.plain = PlainWideDeep(BENCH_SCHEMA, hidden) if dist.get_world_size() == 1 else None
+        plain = cfg.name == "wide_deep" and dist.get_world_size() == 1
+        self.plain = PlainWideDeep(self.schema, cfg.hidden) if plain else None
+
+    def keep(self, file: Path, cfg: TowerConfig) -> None:
+        """Write the batches for `jobs.bench_sides.torchrec_alone`."""
+        batches = [
+            {
+                "values": batch.sparse.values(),
+                "lengths": batch.sparse.lengths(),
+                "dense": batch.dense,
+                "label": batch.labels["click"],
+            }
+            for batch in self.batches
+        ]
+        tables = {feature.name: feature.rows for feature in self.schema.keys}
+        (hidden,) = cfg.hidden
+        torch.save({"tables": tables, "dim": cfg.embedding_dim, "hidden": hidden, "batches": batches}, file)
 
     def measure(self, kind: str) -> dict[str, float]:
-        """One run of `loader`, `step`, `end_to_end` or `plain`: rows, seconds, seconds in the loader."""
+        """Rows, seconds, seconds in the loader, and seconds of this process's CPU time in one epoch.
+
+        `loader` loads alone, `step` trains on batches in memory, `end_to_end` on loaded ones, and `run` takes
+        samples and writes progress besides, as a run does; `plain` is the plain PyTorch loop.
+        """
         match kind:
             case "loader":
                 return self._loader()
@@ -80,14 +154,36 @@ class BenchWorker:
             case _:
                 loading = self._load()
                 batches = itertools.chain([next(loading)], loading)  # Ray Data's start is not a step's cost
-        epoch = Epoch(self.sharded.model, self.sharded.optimizers, self.idle, Workers())
-        totals = epoch.run(batches, 0)
-        mine = sum(piece.rows for piece in self.share) if kind == "end_to_end" else self.steps * self.rows
-        return {"rows": mine, "seconds": totals.seconds, "loader_s": totals.loader_s}
+        with tempfile.TemporaryDirectory(prefix="bench-train-") as folder:
+            told = self._told(Path(folder)) if kind == "run" else {}
+            epoch = Epoch(self.sharded.model, self.sharded.optimizers, self.idle, Workers(), **told)
+            began = time.process_time()
+            totals = epoch.run(batches, 0)
+            cpu_s = time.process_time() - began
+        mine = self.steps * self.rows if kind == "step" else sum(piece.rows for piece in self.share)
+        return {"rows": mine, "seconds": totals.seconds, "loader_s": totals.loader_s, "cpu_s": cpu_s}
+
+    def memory_bytes(self) -> dict[str, int]:
+        """The most that was resident so far; what is now, of its own, and shared with Ray's object store."""
+        names = {"VmHWM": "peak", "RssAnon": "own", "RssShmem": "shared"}
+        found = re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return {names[name]: int(kib) * 1024 for name, kib in found if name in names}
+
+    def _told(self, folder: Path) -> dict[str, Any]:
+        """What an epoch of a run does besides training; see `train.phase`."""
+        totals, rank = Totals(), dist.get_rank()
+        progress = Progress(folder, rank, lambda: True, profile=False)
+        return {
+            "on_step": progress.curve("bench", 1, 1, 0, _EPOCH_ROWS, totals),
+            "sample_steps": steps_per_point(_EPOCH_ROWS, self.rows * dist.get_world_size()),
+            "stopwatch": Stopwatch(self.sharded.lookups()),
+            "tables": features_of_tables(self.schema),
+            "totals": totals,
+        }
 
     def _load(self) -> Iterator[Batch]:
         feed = Feed(self.share)
-        yield from (collate(table, BENCH_SCHEMA) for table in feed.take(self.share, self.rows))
+        yield from (collate(table, self.schema) for table in feed.take(self.share, self.rows))
         feed.close()
 
     def _loader(self) -> dict[str, float]:
@@ -145,6 +241,14 @@ class PlainWideDeep(nn.Module):
                 optimizer.zero_grad()
         rows = sum(len(label) for _, _, label in sliced)
         return {"rows": rows, "seconds": time.perf_counter() - began, "loader_s": 0.0}
+
+
+def started(world: int, batch_rows: int, files: list[tuple[str, int]], *settings: Any) -> list[Any]:
+    """A group of so many workers, `BenchWorker(*settings)`, as actors of Ray."""
+    actor: Any = ray.remote(num_cpus=0)(BenchWorker)
+    group, port = [actor.remote(*settings) for _ in range(world)], free_port()
+    ray.get([w.join.remote(r, world, port, batch_rows, files) for r, w in enumerate(group)])
+    return group
 
 
 def free_port() -> int:

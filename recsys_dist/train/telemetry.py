@@ -51,7 +51,8 @@ class Telemetry:
         """A point of the learning curve, `new_rows` after the one before it."""
         tags = {**self._tags, "phase": point["phase"]}
         if self._alike:
-            self._rows.inc(new_rows, tags)
+            if new_rows:  # a counter takes no 0, as where all steps since the last point were left out
+                self._rows.inc(new_rows, tags)
             for layer, norm in point["gradients"].items():
                 self._gradient.set(norm, {**tags, "layer": layer})
         for name in (*self._alike, "loader_s", "saving_s"):

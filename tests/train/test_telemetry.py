@@ -44,7 +44,9 @@ def told(monkeypatch) -> dict[tuple[str, ...], float]:
             others = [tags[key] for key in self.keys if key not in ("run", "phase", "worker")]
             found[(self.name.removeprefix("recsys_train_"), tags["worker"], *others)] = value
 
-        inc = set
+        def inc(self, value: float, tags: dict[str, str]) -> None:
+            assert value > 0, "Ray's counters take no 0"
+            self.set(value, tags)
 
     monkeypatch.setattr(telemetry, "Gauge", Metric)
     monkeypatch.setattr(telemetry, "Counter", Metric)
@@ -66,6 +68,9 @@ def test_each_worker_tells_what_is_its_own_and_one_what_is_alike(told):
     Telemetry("r", 0).tell(POINT, 30)
     alike = {("rows",): 30, ("rows_per_s",): 1000.0, ("loss",): 0.5, ("gradient", "tower.0"): 0.75}
     assert told == {(name, "0", *labels): value for (name, *labels), value in (own | alike).items()}
+    told.clear()
+    Telemetry("r", 0).tell(POINT, 0)  # all rows since the last point were left out
+    assert ("loss", "0") in told and ("rows", "0") not in told
 
 
 def test_without_ray_it_tells_nobody():

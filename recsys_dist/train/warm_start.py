@@ -81,14 +81,15 @@ def start(sharded: ShardedModel, schema: Schema, prepared: Prepared, run: str, p
         if name not in sharded.tables:
             continue
         table, size = sharded.tables[name], saved.get(f"weights.{name}")
-        if size is None or size[1] != table.embedding_dim:
-            reason = "it had none" if size is None else f"its dimension was {size[1]}"
-            told.append(f"table {table.name!r} starts anew: {reason}")
+        anew = _why_anew(table, size, known=name in mine.keys() & former.tables.keys())
+        if anew or size is None:
+            told.append(f"table {table.name!r} starts anew: {anew}")
             continue
         there = (former.schema, former.prepared)
         rows_R = row_map(mine[name], former.tables[name], (schema, prepared), there)
         _take(former.checkpoint, f"weights.{name}", weight, rows_R, size)
-        if name in sums and (state := saved.get(f"sums.{name}")) is not None:
+        state = saved.get(f"sums.{name}")  # another rule has none, or of another form
+        if name in sums and state is not None and state[1:] == sums[name].size()[1:]:
             _take(former.checkpoint, f"sums.{name}", sums[name], rows_R, state)
         taken = int((rows_R != _NEW).sum())
         told.append(f"table {table.name!r}: {taken:,} of {len(rows_R):,} rows taken, {size[0]:,} were there")
@@ -102,8 +103,20 @@ def start(sharded: ShardedModel, schema: Schema, prepared: Prepared, run: str, p
     return told
 
 
+def _why_anew(table: Any, size: torch.Size | None, known: bool) -> str:
+    if size is None:
+        return "there was none"
+    if size[1] != table.embedding_dim:
+        return f"its dimension was {size[1]}"
+    return "" if known else "its rows are of no feature"
+
+
 def stretches(model: Any, schema: Schema, tables: Mapping[str, Any]) -> dict[str, Stretches]:
-    """Name of each table's weight -> what its rows are of: one feature's, or the wide table's, in order."""
+    """Name of each table's weight -> what its rows are of: one feature's, or the wide table's, in order.
+
+    Tables of a model from elsewhere whose rows are of no feature are left out.
+    """
+    ids = {feature.name: feature for feature in schema.ids}
     wide = next((m.wide_rows for m in model.modules() if isinstance(m, Fields) and m.wide_rows), {})
     found: dict[str, Stretches] = {}
     for name, table in tables.items():
@@ -111,9 +124,8 @@ def stretches(model: Any, schema: Schema, tables: Mapping[str, Any]) -> dict[str
             ends = [*wide.values(), table.num_embeddings][1:]
             parts = zip(wide.items(), ends, strict=True)
             found[name] = [(feature, first, end - first) for (feature, first), end in parts]
-        else:
-            of = schema.table(_ids(schema, table.feature_names[0]))
-            found[name] = [(of, 0, table.num_embeddings)]
+        elif (feature := ids.get(table.feature_names[0])) is not None:
+            found[name] = [(schema.table(feature), 0, table.num_embeddings)]
     return found
 
 
@@ -155,15 +167,9 @@ def _rows_of_feature(
 
 
 def _size(schema: Schema, name: str) -> int:
-    rows = _ids(schema, name).rows
-    assert rows is not None, "prepared data holds a fitted schema"
-    return rows
-
-
-def _ids(schema: Schema, name: str) -> IdFeature:
     feature = schema[name]
-    assert isinstance(feature, IdFeature), "tables are of id features"
-    return feature
+    assert isinstance(feature, IdFeature) and feature.rows is not None, "of a fitted schema"
+    return feature.rows
 
 
 @torch.no_grad()

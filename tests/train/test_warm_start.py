@@ -139,6 +139,16 @@ def test_rows_go_with_what_they_stand_for(tmp_path, world, optimizer, placed):
 
 
 @pytest.mark.ranks
+def test_another_rule_takes_weights_and_starts_its_own_sums(tmp_path):
+    then = make_data(tmp_path / "then", THEN, "then")
+    [former] = run_ranks(1, make_run, str(tmp_path / "run"), str(then.path), ROWWISE)
+    [(anew, found, _)] = run_ranks(1, started, str(tmp_path / "run"), str(then.path), ADAGRAD, {})
+    for name, value in found.items():
+        expected = anew if name.startswith("sums") else former
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
+@pytest.mark.ranks
 def test_a_feature_more_is_a_layer_anew(tmp_path):
     then = make_data(tmp_path / "then", THEN, "then", age=False)
     now = make_data(tmp_path / "now", THEN, "now")

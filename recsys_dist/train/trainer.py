@@ -108,6 +108,8 @@ class _Trainer(TorchTrainer):
 def _train(cfg: TrainConfig, run: Path) -> None:
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # notices a lost worker sooner
+    if not os.environ.get("RAY_ADDRESS"):  # it is a process more to start, and tells of machines taken away
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # a worker that hangs alone: with others, their collectives end
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(cfg.timeout_s)
     scratch = run / "ray"  # Ray Train's own files, of no use afterwards: we resume from our checkpoints

@@ -137,12 +137,11 @@ def test_a_nan_ends_the_run_once_and_names_the_row(tmp_path):
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.ray
 @pytest.mark.e2e
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_worker_that_hangs_is_replaced_after_the_timeout(data, tmp_path, workers):
-    """Alone too, where no other one waits for it."""
+def test_a_worker_that_hangs_is_replaced_after_the_timeout(data, tmp_path):
+    """Alone, where no other one waits for it; others would end as their collectives do."""
     model = {"name": "jobs.ledger_model:Model", "shards": prepared.SPLITS["train"], "pause_s": 0.1}
     optimizer, stopped = {"deep": {"lr": 0.5}}, []
-    cfg = config(data, model=model, epochs=1, refit=False, optimizer=optimizer, num_workers=workers)
+    cfg = config(data, model=model, epochs=1, refit=False, optimizer=optimizer, num_workers=1)
 
     def stop_one(line) -> None:
         if line["kind"] == "curve" and not stopped:

@@ -7,7 +7,8 @@
 
 Wide & Deep on made-up rows, a global batch of 4,096, one thread per worker. In the same run, interleaved:
 loader-only (Ray Data and collate), step-only (batches made before), end-to-end (both), each with one and
-two workers, beside a plain PyTorch loop (nn.EmbeddingBag, torch optimizers) on tensors sliced before.
+two workers, beside a plain PyTorch loop (nn.EmbeddingBag, torch optimizers) on tensors sliced before; and
+the time that lookups and matrix products would take at the machine's own rates, measured between.
 
 Instead, with
 --models    one worker's rows per second of each model, beside plain PyTorch, torch-rechub and deepctr-torch;
@@ -31,8 +32,10 @@ from typing import Any
 import ray
 
 from jobs import bench_models, bench_overhead
-from jobs.bench_workers import BENCH_SCHEMA, started, write_shards
+from jobs.bench_scaling import LIMIT_AT_LEAST, counted, machine_of
+from jobs.bench_workers import BENCH_SCHEMA, combined, started, write_shards
 from jobs.command import reported
+from jobs.cost_model import limit_s
 from recsys_dist import session
 from recsys_dist.models.wide_deep import Config
 
@@ -92,13 +95,19 @@ def measure(files: list[tuple[str, int]], args: argparse.Namespace) -> dict[str,
     """Rows per second of each measurement: every repeat, and the median."""
     groups = {world: started(world, args.batch_rows, files) for world in (1, 2)}
     runs: dict[str, dict[str, list[dict[str, float]]]] = {}
+    limits: dict[str, list[float]] = {}
     for tower in args.towers.split(","):
+        work, _, _ = counted(Config(hidden=TOWERS[tower]), BENCH_SCHEMA, args.batch_rows, ())
         for group in groups.values():
             ray.get([worker.build.remote(Config(hidden=TOWERS[tower])) for worker in group])
         kinds = [*itertools.product(("loader", "step", "end_to_end"), groups), ("plain", 1)]
-        for _, (kind, world) in itertools.product(range(args.repeats + 1), kinds):  # the first warms up
-            found = ray.get([worker.measure.remote(kind) for worker in groups[world]])
-            runs.setdefault(tower, {}).setdefault(f"{kind}_{world}", []).append(combined(found))
+        for _ in range(args.repeats + 1):  # the first warms up
+            for kind, world in kinds:
+                found = ray.get([worker.measure.remote(kind) for worker in groups[world]])
+                runs.setdefault(tower, {}).setdefault(f"{kind}_{world}", []).append(combined(found))
+            machine = machine_of(ray.get([worker.limits.remote() for worker in groups[1]]), 1.0, 1)
+            took = args.batch_rows / runs[tower]["end_to_end_1"][-1]["rows_per_s"]
+            limits.setdefault(tower, []).append(limit_s(work, machine, args.batch_rows) / took)
     kept = {tower: {name: found[1:] for name, found in kinds.items()} for tower, kinds in runs.items()}
     return {
         "hardware": {
@@ -107,17 +116,10 @@ def measure(files: list[tuple[str, int]], args: argparse.Namespace) -> dict[str,
         },
         "date": dt.date.today().isoformat(),
         "batch_rows": args.batch_rows,
-        "towers": {tower: figures(kinds) | {"repeats": kinds} for tower, kinds in kept.items()},
-    }
-
-
-def combined(found: list[dict[str, float]]) -> dict[str, float]:
-    """Of all workers: rows add up, the slowest sets the time."""
-    seconds = max(one["seconds"] for one in found)
-    loader_s = statistics.mean(one["loader_s"] for one in found)
-    return {
-        "rows_per_s": sum(one["rows"] for one in found) / seconds,
-        "loader_share": loader_s / seconds,
+        "towers": {
+            tower: figures(kinds) | {"limit": statistics.median(limits[tower][1:]), "repeats": kinds}
+            for tower, kinds in kept.items()
+        },
     }
 
 
@@ -151,6 +153,8 @@ def table(result: dict[str, Any]) -> str:
             f"steps only {found['two_workers_over_one_steps_only']:.2f}",
             f"  loading: {share:.1%} of a step (required < {LOADER_SHARE_AT_MOST:.0%})",
             f"  one worker over plain PyTorch: {found['one_worker_over_plain_pytorch']:.2f}",
+            f"  one worker, of the machine's own gather bandwidth and sgemm rate: {found['limit']:.0%} "
+            f"(required {LIMIT_AT_LEAST:.0%})",
         ]
     return "\n".join(lines)
 

@@ -6,9 +6,10 @@ And the rows that they train on.
 import itertools
 import re
 import socket
+import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ class BenchWorker:
     def build(self, cfg: TowerConfig) -> None:
         """Models of the next measurements: ours and, of Wide & Deep, the plain one."""
         torch.manual_seed(0)
+        self.dim = cfg.embedding_dim
         loss = Loss(model_module(cfg.name).Model(cfg, self.schema))
         groups = loss.model.table_groups()
         self.sharded = shard(loss, groups, OptimizerConfig(), ShardingConfig(), seed=0)
@@ -169,6 +171,32 @@ class BenchWorker:
         found = re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/self/status").read_text())
         return {names[name]: int(kib) * 1024 for name, kib in found if name in names}
 
+    def limits(self) -> dict[str, float]:
+        """What this worker's machine gives at the moment, the others of its group being at it too.
+
+        Bytes of table rows a second that a lookup of single ids reads, as wide as the model's and as often
+        each as the batches have them; flops a second of a product of [1024, 1024] matrices; bytes a second of
+        adding up; with others, bytes a second sent by an all-to-all, and seconds of one that sends nothing.
+        """
+        ids = self.batches[0].sparse.values().clamp(max=_TABLE_ROWS - 1)
+        table, square = torch.ones(_TABLE_ROWS, self.dim), torch.ones(1024, 1024)
+        first, many = torch.arange(len(ids)), torch.ones(8 << 20)
+        found = {
+            "gather": len(ids)
+            * self.dim
+            * 4
+            / _seconds(lambda: nn.functional.embedding_bag(ids, table, first), 60),
+            "flops": 2 * 1024**3 / _seconds(lambda: square @ square, 12),
+            "stream": 2 * many.nbytes / _seconds(lambda: many.add_(1), 15),
+        }
+        world = dist.get_world_size()
+        if world > 1:
+            empty, full = torch.zeros(world), torch.zeros(world << 18)
+            latency = _seconds(lambda: dist.all_to_all_single(torch.empty_like(empty), empty), 100)
+            took = _seconds(lambda: dist.all_to_all_single(torch.empty_like(full), full), 20)
+            found |= {"latency_s": latency, "send": full.nbytes / took}
+        return found
+
     def _told(self, folder: Path) -> dict[str, Any]:
         """What an epoch of a run does besides training; see `train.phase`."""
         totals, rank = Totals(), dist.get_rank()
@@ -193,6 +221,15 @@ class BenchWorker:
         rows = sum(batch.rows for batch in batches)
         seconds = time.perf_counter() - began
         return {"rows": rows, "seconds": seconds, "loader_s": seconds}
+
+
+def _seconds(call: Callable[[], Any], times: int) -> float:
+    """Mean of so many calls after one that warms up: what others take from this process is in it."""
+    call()
+    began = time.perf_counter()
+    for _ in range(times):
+        call()
+    return (time.perf_counter() - began) / times
 
 
 class PlainWideDeep(nn.Module):
@@ -249,6 +286,16 @@ def started(world: int, batch_rows: int, files: list[tuple[str, int]], *settings
     group, port = [actor.remote(*settings) for _ in range(world)], free_port()
     ray.get([w.join.remote(r, world, port, batch_rows, files) for r, w in enumerate(group)])
     return group
+
+
+def combined(found: list[dict[str, float]]) -> dict[str, float]:
+    """Of all workers: rows add up, the slowest sets the time."""
+    seconds = max(one["seconds"] for one in found)
+    loader_s = statistics.mean(one["loader_s"] for one in found)
+    return {
+        "rows_per_s": sum(one["rows"] for one in found) / seconds,
+        "loader_share": loader_s / seconds,
+    }
 
 
 def free_port() -> int:

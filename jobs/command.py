@@ -1,6 +1,8 @@
 """What every command line shares: errors in plain words, and the settings of a config as help text."""
 
+import argparse
 import errno
+import gc
 import logging
 import signal
 import sys
@@ -11,7 +13,7 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from recsys_dist.config import Config
-from recsys_dist.errors import RecsysError
+from recsys_dist.errors import ConfigError, RecsysError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -19,6 +21,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def reported(main: Callable[[list[str]], None], argv: list[str]) -> int:
     """Run a job; a user's mistake or a full disk is one line on stderr and exit code 2, Ctrl-C is 130."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.enable()
     _quiet()
     try:
         main(argv)
@@ -46,6 +49,21 @@ def _quiet() -> None:
     """Silence notices of libraries that tell a user nothing to act on."""
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # a deprecation inside TorchRec
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on purpose: one process
+
+
+def options(parser: argparse.ArgumentParser, argv: list[str], cfg: type[Config]) -> argparse.Namespace:
+    """What is on the command line of a job that takes settings, before or after its options.
+
+    ConfigError for a setting of `cfg` that is written as an option.
+    """
+    args, unknown = parser.parse_known_intermixed_args(argv)
+    for word in unknown:
+        name = word.lstrip("-").partition("=")[0]
+        if name.partition(".")[0].replace("-", "_") in cfg.model_fields:
+            raise ConfigError(f"{word}: a setting is written without dashes: {name.replace('-', '_')}=VALUE")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
 
 
 def settings_help(cfg: type[Config], title: str = "settings:") -> str:

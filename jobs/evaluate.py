@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import tracked
-from jobs.command import reported, settings_help
+from jobs.command import options, reported, settings_help
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.evaluate import EvaluateConfig, evaluate_ranking, evaluate_recall, load_trained, write_json
 
@@ -43,7 +43,7 @@ def parse(argv: list[str]) -> tuple[EvaluateConfig, argparse.Namespace]:
     parser.add_argument(
         "--out", default="runs/evaluation", help="directory for results (default: %(default)s)"
     )
-    args = parser.parse_intermixed_args(argv)
+    args = options(parser, argv, EvaluateConfig)
     return EvaluateConfig().override(args.settings), args
 
 

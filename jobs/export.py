@@ -27,7 +27,7 @@ from pathlib import Path
 from pydantic import Field
 
 from jobs import tracked
-from jobs.command import reported, settings_help
+from jobs.command import options, reported, settings_help
 from recsys_dist.bundle import Bundle
 from recsys_dist.config import Config
 from recsys_dist.data.prepared import Prepared
@@ -77,7 +77,7 @@ def parse(argv: list[str]) -> tuple[ExportConfig, argparse.Namespace]:
         "--promote", metavar="VERSION", help="only make this one champion: its number, bundle or alias"
     )
     instead.add_argument("--rollback", action="store_true", help="only make the former champion champion")
-    args = parser.parse_intermixed_args(argv)
+    args = options(parser, argv, ExportConfig)
     args.run, args.out = Path(args.run), Path(args.out or args.run)
     return ExportConfig().override(args.settings), args
 

@@ -15,7 +15,7 @@ reuses what is unchanged, and continues what was interrupted.
 import argparse
 import sys
 
-from jobs.command import reported, settings_help
+from jobs.command import options, reported, settings_help
 from recsys_dist.config import load_yaml
 from recsys_dist.data.pipeline import PrepareConfig, prepare
 from recsys_dist.data.prepared import Prepared
@@ -40,7 +40,7 @@ def parse(argv: list[str]) -> tuple[PrepareConfig, str]:
     )
     parser.add_argument("--config", help="YAML file with settings")
     parser.add_argument("--out", required=True, help="directory of the prepared data")
-    args = parser.parse_intermixed_args(argv)
+    args = options(parser, argv, PrepareConfig)
     named = [word for word in args.words if "=" not in word]
     if named[2:]:
         raise ConfigError(f"{named[2]!r} is neither a source, its path, nor key=value")
@@ -69,13 +69,24 @@ def summary(prepared: Prepared) -> str:
     refused = "".join(f"\n  {rows:>12,}  {reason}" for reason, rows in ledger["quarantined"].items())
     rows = {name: shards.total_rows for name, shards in manifest.splits.items()}
     split = manifest.config["split"]
+    vocabularies = _limited(prepared) + _hashed(prepared)
     return (
         f"{ledger['read']:,} rows read = {ledger['kept']:,} kept + "
         f"{ledger['read'] - ledger['kept']:,} quarantined{refused}\n"
         f"train {rows['ranking/train']:,} exposures, validation {rows['ranking/valid']:,} "
         f"(from {split['valid_from']}), test {rows['ranking/test']:,} (from {split['test_from']}); "
-        f"{len(prepared.items):,} items, {len(prepared.schema.features)} features\n{_hashed(prepared)}"
+        f"{len(prepared.items):,} items, {len(prepared.schema.features)} features\n{vocabularies}"
         f"prepared data: {prepared.path}"
+    )
+
+
+def _limited(prepared: Prepared) -> str:
+    """A line per vocabulary that leaves values of training without a row."""
+    return "".join(
+        f"{name!r} has rows for {found.kept:,} of {found.values:,} values: {found.rare:,} too rare, "
+        f"{found.old:,} too old, {found.beyond:,} beyond max_rows; {found.unknown:.1%} of events read row 0\n"
+        for name, found in prepared.manifest.admissions.items()
+        if found.kept < found.values
     )
 
 

@@ -114,8 +114,10 @@ def searched(cfg: TrainConfig, trials: int, out: Path, settings: tracking.Tracki
     """A sweep of one worker a trial, whose best settings the demo's workers then train."""
     base = cfg.model_copy(update={"num_workers": 1})
     space = recipes.SPACES[cfg.model.name]
-    sweep = SweepConfig.parse({"train": base.model_dump(mode="json"), "space": space, "trials": trials})
-    return tune_job.run(sweep, out, settings)
+    sweep = {"train": base.model_dump(mode="json"), "space": space, "trials": trials}
+    if trials <= 2:
+        sweep["rungs"] = [1.0]  # two at least go up each rung: all would be trained on every one
+    return tune_job.run(SweepConfig.parse(sweep), out, settings)
 
 
 def exported(

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jobs.command import settings_help
+from jobs.command import options, settings_help
 from recsys_dist.config import load_yaml, nearest
 from recsys_dist.errors import ConfigError
 from recsys_dist.tracking import TrackingConfig
@@ -200,7 +200,7 @@ def parse(argv: list[str]) -> Asked:
     parser.add_argument("--config", help="YAML file with settings, such as a former run's config.yaml")
     parser.add_argument("--out", default="runs/train", help="directory for runs (default: %(default)s)")
     parser.add_argument("--tracking-uri", help="MLflow server; default: an SQLite file below --out")
-    args = parser.parse_intermixed_args(argv)  # settings may follow options
+    args = options(parser, argv, TrainConfig)  # settings may follow options
     names = [word for word in args.words if "=" not in word]
     if len(names) + bool(args.config) + bool(args.model) != 1:
         raise ConfigError(

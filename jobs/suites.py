@@ -123,6 +123,17 @@ _FRAPPE_OWN = {
         "epochs=40",
     ),
 }
+# BARS' YoutubeDNN, as its log tells: one table, the mean alone, inner products, uniform negatives
+_BARS_YOUTUBEDNN = (
+    "model.shared=true",
+    "model.hidden=null",
+    "model.normalise=false",
+    "model.temperature=1",
+    "model.negatives_alpha=0",
+    "model.embedding_std=0.1",
+    "optimizer.deep.lr=0.1",
+    "batch_rows=1024",
+)
 _RECHORUS = ("model.embedding_dim=64", "model.hidden=[64]")
 
 
@@ -282,7 +293,7 @@ SUITES: dict[str, Suite] = {
         data=Data("gowalla", "gowalla", "gowalla"),
         metrics=("user_recall@20", "ndcg@20"),
         rows=(
-            Row("YoutubeDNN", "youtubednn", ("model.temperature=0.1", "model.hidden=[]")),
+            Row("YoutubeDNN", "youtubednn", _BARS_YOUTUBEDNN),
             *(row for row in _RECALL if row.name != "YoutubeDNN"),
         ),
         settings=("metric=user_recall@20", "epochs=30", "patience=2"),

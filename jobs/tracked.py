@@ -17,6 +17,7 @@ from recsys_dist.tracking import TrackingConfig
 from recsys_dist.train import progress, trainer
 from recsys_dist.train.settings import TrainConfig
 from recsys_dist.train.trainer import FitResult
+from recsys_dist.train.warm_start import goes_on_from
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ def run(cfg: TrainConfig, out: Path, tracked: TrackingConfig, evaluate: Evaluate
     directory = trainer.run_directory(cfg, prepared, out / "models")
     with tracking.open_run(tracked, out, directory.name) as live:
         live.record.config(cfg.model_dump(mode="json"))
+        live.record.tags(_chain(cfg, directory.name))
         live.record.data(prepared.path.name, prepared.manifest.data_digest, str(prepared.path))
         fitted = trainer.fit(cfg, out / "models", on_report=_curve_recorder(live.record))
         live.record.checkpoint(fitted.checkpoint)
@@ -48,6 +50,14 @@ def run(cfg: TrainConfig, out: Path, tracked: TrackingConfig, evaluate: Evaluate
             live.record.artifact(plots.save(figure, fitted.run / "plots"), "plots")
         delivery = live.close()
         return Outcome(fitted, evaluation, figures, delivery, live.uri, live.peak_rss_bytes)
+
+
+def _chain(cfg: TrainConfig, name: str) -> dict[str, str]:
+    """Tags that tell the runs of a chain of warm starts: its first run, and the one before this."""
+    if cfg.warm_start is None:
+        return {"chain": name}
+    _, chain = goes_on_from(cfg.warm_start)
+    return {"chain": chain.first, "warm_start": Path(cfg.warm_start).name}
 
 
 def add_evaluation(checkpoint: Path, evaluation: dict[str, Any]) -> tracking.Delivery | None:
@@ -160,7 +170,7 @@ def _curve_recorder(record: Recorder) -> Callable[[dict[str, Any]], None]:
             for table, shares in line.get("tables", {}).items():
                 found |= {f"table/{table}/{share}": value for share, value in shares.items()}
         else:
-            step, prefix = line["epoch"], f"{phase}/epoch"
+            step, prefix = line.get("epochs_before", 0) + line["epoch"], f"{phase}/epoch"
             found = {key: value for key, value in line.items() if isinstance(value, float)}
         values = {f"{prefix}/{name.replace('@', '_at_')}": value for name, value in found.items()}
         fresh = {key: value for key, value in values.items() if (key, step) not in told}

@@ -39,8 +39,10 @@ def main(argv: list[str]) -> None:
     asked = recipes.parse(argv)
     cfg = asked.cfg
     if asked.plan:
-        plans = trainer.planned(cfg, Prepared.open(cfg.data))
-        print("\n\n".join(map(describe, plans)))
+        prepared = Prepared.open(cfg.data)
+        plans = trainer.planned(cfg, prepared)
+        run = trainer.finished(cfg, prepared, asked.out)
+        print("\n\n".join(describe(plan, run.peak_bytes if run else ()) for plan in plans))
         trainer.refuse_what_does_not_fit(cfg, plans)
         return
     outcome = tracked.run(cfg, Path(asked.out), asked.tracked, evaluate=None)

@@ -34,7 +34,7 @@ import yaml
 from tqdm import tqdm
 
 from jobs import recipes
-from jobs.command import reported, settings_help
+from jobs.command import options, reported, settings_help
 from recsys_dist import plots, tracking
 from recsys_dist.config import load_yaml, nearest
 from recsys_dist.data.output import write_text
@@ -70,7 +70,7 @@ def parse(argv: list[str]) -> tuple[SweepConfig, argparse.Namespace]:
     parser.add_argument("--json", metavar="FILE", help="write all figures there too")
     parser.add_argument("--out", default="runs/tune", help="directory for sweeps (default: %(default)s)")
     parser.add_argument("--tracking-uri", help="MLflow server; default: an SQLite file below --out")
-    args = parser.parse_intermixed_args(argv)
+    args = options(parser, argv, TrainConfig)
     base = _base(args)
     space = load_yaml(args.space) if args.space else _space_of(base.model.name)
     chosen = {name: getattr(args, name) for name in _SWEEP}

@@ -1,6 +1,8 @@
 """How processes that do arithmetic use this machine: training workers and serving replicas."""
 
 import ctypes
+import re
+from pathlib import Path
 
 import torch
 
@@ -18,3 +20,10 @@ def configure(threads: int) -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def peak_bytes() -> int:
+    """The most that was resident of this process so far, with what it shares (`VmHWM`, see proc(5))."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None, "only Linux keeps count"
+    return int(found[1]) * 1024

@@ -21,6 +21,10 @@ RESERVED = frozenset(
 )
 
 
+def _unset(value: object) -> bool:
+    return value is None
+
+
 class Feature(Config):
     """A named model input. `rows` is its table's size, known once the vocabularies are fitted."""
 
@@ -30,14 +34,31 @@ class Feature(Config):
 class Categorical(Feature):
     """One id per row: a vocabulary of values seen ≥ `min_count` times in training, or hash buckets.
 
-    Row 0 means unknown: null, rare, or never seen in training.
+    Row 0 means unknown: null, rare, evicted by `max_age_days` or `max_rows`, or never seen in training.
     """
 
     kind: Literal["categorical"] = "categorical"
     column: str
     min_count: int = Field(1, ge=1)
+    # limits that are not set are left out where a schema is written: digests stay what they were without
+    max_age_days: int | None = Field(
+        None, ge=1, exclude_if=_unset, description="keep values seen in the last so many days of training"
+    )
+    max_rows: int | None = Field(
+        None, ge=2, exclude_if=_unset, description="of the table, row 0 included: keeps the most frequent"
+    )
     hash_buckets: int | None = Field(None, ge=2, description="hash instead of keeping a vocabulary")
     rows: int | None = None
+
+    @model_validator(mode="after")
+    def _limits_are_of_a_vocabulary(self) -> Self:
+        limits = [name for name in ("max_age_days", "max_rows") if getattr(self, name) is not None]
+        if limits and self.hash_buckets is not None:
+            raise ValueError(
+                f"feature {self.name!r}: {limits[0]} is of a vocabulary, and hash_buckets keeps none; leave "
+                "one of them out"
+            )
+        return self
 
 
 class Bucketed(Feature):

@@ -27,6 +27,8 @@ def connect(dashboard: bool = False, metrics_port: int | None = None, cpus: int 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get("RAY_ADDRESS")
     here = not address
+    if here:  # for the trials of a sweep; see `train.trainer`
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     own = _own_address() if here else {}
     os.environ.update(own)
     try:

@@ -19,7 +19,9 @@ from recsys_dist.data.prepared import MANIFEST, Manifest, Prepared, ShardSet
 from recsys_dist.data.split import SPLITS, Split
 from recsys_dist.evaluate import EvaluateConfig, evaluate_ranking, evaluate_recall, load_trained
 from recsys_dist.models.protocol import Catalogue, model_module
+from recsys_dist.schema import Schema
 from recsys_dist.train import checkpoint as checkpointing
+from recsys_dist.train import saving
 from recsys_dist.train.catalogue import catalogue_of
 from recsys_dist.train.loop import Epoch, Loss, Workers, idle_batch
 from recsys_dist.train.settings import TrainConfig
@@ -41,19 +43,28 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "ranking": {"name": "wide_deep", "embedding_dim": 8, "hidden": [16]},
 }
+# so that the log has users and items that training has seen and that have no row
+LIMITS = {"user": {"max_rows": 13}, "item": {"max_age_days": 2, "max_rows": 18}}
 OPTIMIZER = {"deep": {"lr": 0.3}, "wide": {"lr": 0.3}, "dense": {"lr": 0.01}}
 
 
-def prepare(path: Path, log: pa.Table | None = None) -> Prepared:
+def prepare(
+    path: Path,
+    log: pa.Table | None = None,
+    split: Split = SPLIT,
+    limits: dict[str, dict[str, int]] = LIMITS,
+    former: Prepared | None = None,
+) -> Prepared:
     """What `pipeline.prepare` makes of the small log, in one bucket and a shard per split."""
     log = small_log.events() if log is None else log
-    split, schema, source = SPLIT, small_log.SCHEMA, Source(Config(path=str(path)))
+    schema, source = limited(small_log.SCHEMA, limits), Source(Config(path=str(path)))
     for name, values in ((stages.BUCKET, 0), ("part", 0), ("row", range(len(log)))):
         column = np.broadcast_to(np.asarray(values, np.int32), len(log))
         log = log.append_column(name, pa.array(column))
     [written] = stages.write_bucket(log, path, ["part"], keep_duplicates=False)
     counts = stages.merge_counts(stages.count_bucket(path, 0, schema, split).to_pylist())
-    world = pipeline._fit(path, source, schema, counts, split)
+    before = former.encoders if former else None
+    world, admissions = pipeline._fit(path, source, schema, counts, split, before)
     pipeline._write_catalogue(path, world, counts)
     shards = dict.fromkeys(SPLITS, 1)
     made = list(stages.write_shards(stages.build_bucket(path, 0, world, split, shards), path, shards))
@@ -70,9 +81,16 @@ def prepare(path: Path, log: pa.Table | None = None) -> Prepared:
         config={"source": {"kind": "small"}, "split": split.model_dump(mode="json")},
         splits=sets,
         ledger={},
+        admissions=admissions,
     )
     (path / MANIFEST).write_text(manifest.model_dump_json())
     return Prepared.open(path)
+
+
+def limited(schema: Schema, limits: dict[str, dict[str, int]]) -> Schema:
+    """With the limits on the vocabulary of each feature that is named."""
+    features = [f.model_copy(update=limits.get(f.name, {})) for f in schema.features]
+    return schema.model_copy(update={"features": tuple(features)})
 
 
 def train(prepared: Prepared, root: Path, models: dict[str, dict[str, Any]] = MODELS) -> dict[str, Path]:
@@ -102,7 +120,7 @@ def _resave(_rank: int, data: str, checkpoints: dict[str, Path], root: str, work
         cfg = config(Prepared.open(data), task, num_workers=workers, sharding={"kind": "row_wise"})
         sharded, catalogue = _sharded(cfg)
         checkpointing.load(found, sharded)
-        saved[task] = checkpointing.save(Path(root, task), sharded, catalogue, found.manifest, Workers()).path
+        saved[task] = saving.save(Path(root, task), sharded, catalogue, found.manifest, Workers()).path
     return saved
 
 
@@ -135,7 +153,7 @@ def _train(cfg: TrainConfig, root: Path) -> Path:
         step=totals.steps,
         history=[],
     )
-    return checkpointing.save(root, sharded, catalogue, manifest, workers).path
+    return saving.save(root, sharded, catalogue, manifest, workers).path
 
 
 def evaluations(prepared: Prepared, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]]:

@@ -22,7 +22,11 @@ DOORS = {  # dependency: the only modules that may name it
     "faiss": ("recsys_dist.index",),
     "redis": ("recsys_dist.serve.redis_state",),
     # the other is what we are measured by: a loop that has nothing of ours
-    "torchrec.distributed": ("recsys_dist.train.sharding", "jobs.bench_sides.torchrec_alone"),
+    "torchrec.distributed": (
+        "recsys_dist.train.sharding",
+        "recsys_dist.train.sharders",
+        "jobs.bench_sides.torchrec_alone",
+    ),
 }
 NEITHER_RAY_NOR_MLFLOW = (
     "recsys_dist.models",

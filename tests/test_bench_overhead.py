@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jobs import bench_checkpoint, bench_overhead, bench_train
@@ -39,14 +40,22 @@ def test_our_kinds_are_measured_beside_theirs(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.e2e
 def test_saves_are_timed(tmp_path: Path) -> None:
-    sizes = {"--table-rows": "1000", "--batch-rows": "64", "--steps": "3", "--saves": "2"}
-    words = [*(word for pair in sizes.items() for word in pair), "--json", str(tmp_path / "found.json")]
+    sizes = {"--table-rows": 1000, "--batch-rows": 64, "--steps": 3, "--saves": 2, "--increments": 2}
+    words = [*(str(word) for pair in sizes.items() for word in pair), "--json", str(tmp_path / "found.json")]
     subprocess.run([sys.executable, "-m", "jobs.bench_checkpoint", *words], check=True)
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["size_bytes"] > 8 * 1000 * 33 * 4 and len(found["saves"]) == 2
     for save in found["saves"]:
         assert save["stall_s"] > 0 and save["write_s"] > 0
         assert save["lost_of_a_minute"] >= save["stall_of_a_minute"] == pytest.approx(save["stall_s"] / 60)
+    first, second = found["increments"]
+    assert 0 < first["of_full"] < second["of_full"] < 1 and 0 < found["marking_ms"] < found["step_ms"]
+
+
+def test_the_rows_that_some_draws_touch_are_those_that_they_do() -> None:
+    drawn = (1000 ** np.random.default_rng(0).random((200, 500))).astype(int)
+    found = np.mean([len(np.unique(ids)) for ids in drawn]) / 1000
+    assert bench_checkpoint.touched(1000, 500) == pytest.approx(found, rel=0.02)
 
 
 def test_a_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:

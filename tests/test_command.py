@@ -1,12 +1,14 @@
 """How a job ends: in one line and an exit code, never in a traceback for what a user can mend."""
 
 import errno
+import re
 import signal
 
 import pytest
 
+from jobs import recipes
 from jobs.command import reported
-from recsys_dist.errors import DataError
+from recsys_dist.errors import ConfigError, DataError
 
 
 @pytest.mark.parametrize(
@@ -42,3 +44,16 @@ def test_any_other_error_of_the_system_is_a_bug_and_keeps_its_traceback() -> Non
 
     with pytest.raises(FileNotFoundError):
         reported(job, [])
+
+
+@pytest.mark.parametrize("words", [["--data", "runs/data"], ["--batch-rows=64"], ["--optimizer.deep.lr=0.1"]])
+def test_a_setting_with_dashes_is_told_how_it_is_written(words: list[str]) -> None:
+    name = words[0].strip("-").partition("=")[0].replace("-", "_")
+    with pytest.raises(ConfigError, match=re.escape(f"{name}=VALUE")):
+        recipes.parse(["wide_deep", *words])
+
+
+def test_any_other_unknown_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        recipes.parse(["wide_deep", "data=x", "--fast"])
+    assert "unrecognized arguments: --fast" in capsys.readouterr().err

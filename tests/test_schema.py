@@ -89,6 +89,10 @@ def test_sides() -> None:
         ({"kind": "numeric", "name": "Bad Name", "column": "x"}, "should match pattern"),
         ({"kind": "numerical", "name": "n", "column": "x"}, "'numeric'"),
         ({"kind": "categorical", "name": "n", "colunm": "x"}, "did you mean 'column'"),
+        (
+            {"kind": "categorical", "name": "n", "column": "x", "hash_buckets": 8, "max_rows": 4},
+            "feature 'n': max_rows is of a vocabulary, and hash_buckets keeps none",
+        ),
     ],
 )
 def test_a_wrong_feature_is_named_with_the_way_out(feature: dict[str, Any], message: str) -> None:
@@ -114,6 +118,10 @@ def test_digest_follows_meaning() -> None:
     assert schema(utc_offset_hours=8).digest() != schema().digest()
     rows = {"user": 3, "video": 9, "author": 4, "length": 21, "hour": 25, "user_hour": 50}
     assert schema().fitted(rows).digest() != schema().digest()
+    assert schema().digest() == "dc40c94d99d1cb37", "runs and data of former versions stay what they are"
+    limited = with_feature(kind="categorical", name="n", column="x", max_rows=9)
+    assert limited.digest() != with_feature(kind="categorical", name="n", column="x").digest()
+    assert Schema.parse(limited.model_dump(mode="json")) == limited
 
 
 def test_select_keeps_order_and_refuses_what_would_dangle() -> None:

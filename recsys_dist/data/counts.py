@@ -63,17 +63,27 @@ class Counts:
 
     def totals(self, column: str, periods: tuple[str, ...], of: str = "rows") -> pa.Table:
         """`value, total` by value: how often it occurred in the periods; `of` may be `<label>_sum`."""
-        table = self.by_column[column]
-        chosen = table.filter(pc.is_in(table["period"].cast(pa.string()), pa.array(periods)))
-        summed = chosen.group_by("value").aggregate([(of, "sum")])
+        summed = self._of(column, periods).group_by("value").aggregate([(of, "sum")])
         return summed.select(["value", f"{of}_sum"]).rename_columns(["value", "total"]).sort_by("value")
+
+    def last_days(self, column: str, periods: tuple[str, ...]) -> pa.Table:
+        """`value, total` by value, as `totals` in the same order: the last local day that it occurred on."""
+        chosen = self._of(column, periods).group_by("value").aggregate([("day", "max")])
+        return chosen.select(["value", "day_max"]).rename_columns(["value", "total"]).sort_by("value")
+
+    def last_day(self, periods: tuple[str, ...]) -> int:
+        """The last local day with an event."""
+        return int(pc.max(self._of("item_id", periods)["day"]).as_py() or 0)
 
     def prior(self, label: str) -> float:
         """Mean of the label over training and history events where it is known."""
-        table = self.by_column["item_id"]
-        fitted = table.filter(pc.is_in(table["period"].cast(pa.string()), pa.array(FITTED_ON)))
+        fitted = self._of("item_id", FITTED_ON)
         rows = pc.sum(fitted[f"{label}_rows"]).as_py() or 0
         return (pc.sum(fitted[f"{label}_sum"]).as_py() or 0.0) / rows if rows else 0.5
+
+    def _of(self, column: str, periods: tuple[str, ...]) -> pa.Table:
+        table = self.by_column[column]
+        return table.filter(pc.is_in(table["period"].cast(pa.string()), pa.array(periods)))
 
 
 def counted_columns(schema: Schema) -> list[str]:

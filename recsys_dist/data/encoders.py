@@ -19,7 +19,7 @@ from recsys_dist.data.counts import FITTED_ON, TRAIN, Counts
 from recsys_dist.data.entities import Entities
 from recsys_dist.data.output import write_parquet, write_text
 from recsys_dist.data.transforms import Scale
-from recsys_dist.data.vocab import Vocabulary
+from recsys_dist.data.vocab import Admission, Vocabulary
 from recsys_dist.schema import (
     Bucketed,
     Categorical,
@@ -152,18 +152,30 @@ class Encoders:
         }
 
 
-def fit(schema: Schema, counts: Counts, users: Entities, items: Entities, freeze_day: int) -> Encoders:
-    """Fit every feature on training and history events; statistics also run over the validation days."""
+def fit(
+    schema: Schema,
+    counts: Counts,
+    users: Entities,
+    items: Entities,
+    freeze_day: int,
+    former: Encoders | None = None,
+) -> tuple[Encoders, dict[str, Admission]]:
+    """Fit every feature on training and history events; statistics also run over the validation days.
+
+    With what each vocabulary keeps. Values that `former` has a row for keep it.
+    """
     vocabularies, bounds, scales, statistics = {}, {}, {}, {}
     rows: dict[str, int] = {}
+    admissions: dict[str, Admission] = {}
     for feature in schema.features:
         match feature:
             case Categorical(hash_buckets=int(buckets)):
                 rows[feature.name] = buckets + 1
             case Categorical():
-                values, total = _counted(feature.column, counts, users, items)
-                vocabularies[feature.name] = Vocabulary.fit(values, total, feature.min_count)
-                rows[feature.name] = vocabularies[feature.name].rows
+                known, admissions[feature.name] = admitted(feature, counts, users, items)
+                before = former.vocabularies.get(feature.name) if former else None
+                vocabularies[feature.name] = known.numbered_as(before) if before else known
+                rows[feature.name] = known.rows
             case Bucketed():
                 values, total = _counted(feature.column, counts, users, items)
                 bounds[feature.name] = transforms.quantile_bounds(
@@ -185,7 +197,33 @@ def fit(schema: Schema, counts: Counts, users: Entities, items: Entities, freeze
                 scales[feature.name] = _fit_scale(feature, statistics[feature.name], *seen)
             case Sequence() | Sessions():
                 pass  # looked up in the table of the feature that it lists, or in none
-    return Encoders(schema.fitted(rows), vocabularies, bounds, scales, statistics, freeze_day)
+    fitted = Encoders(schema.fitted(rows), vocabularies, bounds, scales, statistics, freeze_day)
+    return fitted, admissions
+
+
+def admitted(
+    feature: Categorical, counts: Counts, users: Entities, items: Entities
+) -> tuple[Vocabulary, Admission]:
+    """The values that a feature's limits let into its table, and how many each limit kept out."""
+    values, total = _counted(feature.column, counts, users, items)
+    seen = Vocabulary.fit(values, total)
+    rare = seen.counts < feature.min_count
+    old = np.zeros_like(rare)
+    if feature.max_age_days is not None:
+        newest = np.zeros(seen.rows, np.int64)
+        np.maximum.at(newest, seen.lookup(values), _last_seen(feature.column, counts, users, items))
+        old = ~rare & (newest[1:] <= counts.last_day(FITTED_ON) - feature.max_age_days)
+    kept = ~rare & ~old
+    beyond = kept & (np.cumsum(kept) >= (feature.max_rows or np.inf))
+    known = seen.take(np.flatnonzero(kept & ~beyond))
+    events = pc.sum(counts.totals("item_id", FITTED_ON)["total"]).as_py() or 0
+    return known, Admission(
+        values=len(seen.values),
+        rare=int(rare.sum()),
+        old=int(old.sum()),
+        beyond=int(beyond.sum()),
+        unknown=1 - int(known.counts.sum()) / max(1, events),
+    )
 
 
 def collisions(schema: Schema, counts: Counts, users: Entities, items: Entities) -> dict[str, float]:
@@ -208,12 +246,25 @@ def _counted(
     column: str, counts: Counts, users: Entities, items: Entities
 ) -> tuple[pa.ChunkedArray | pa.Array, np.ndarray]:
     """Raw values of a column and how many training and history events had each (values may repeat)."""
-    which = side(column)
-    if which == "context":
-        totals = counts.totals(column, FITTED_ON)
+    return _by_value(column, counts.totals(_counted_as(column), FITTED_ON), users, items)
+
+
+def _last_seen(column: str, counts: Counts, users: Entities, items: Entities) -> np.ndarray:
+    """The last day of training and history of each value that `_counted` gives; any day of those not seen."""
+    return _by_value(column, counts.last_days(_counted_as(column), FITTED_ON), users, items)[1]
+
+
+def _counted_as(column: str) -> str:
+    return {"user": "user_id", "item": "item_id", "context": column}[side(column)]
+
+
+def _by_value(
+    column: str, totals: pa.Table, users: Entities, items: Entities
+) -> tuple[pa.ChunkedArray | pa.Array, np.ndarray]:
+    """Raw values of a column, and what `totals` says of each, or of the user or item that has it."""
+    if side(column) == "context":
         return totals["value"].combine_chunks(), totals["total"].to_numpy()
-    key, entities = ("user_id", users) if which == "user" else ("item_id", items)
-    totals = counts.totals(key, FITTED_ON)
+    entities = users if side(column) == "user" else items
     by_position = np.zeros(len(entities) + 1, np.int64)
     by_position[entities.positions(totals["value"])] = totals["total"].to_numpy()
     return _raw(entities, column), by_position[1:]

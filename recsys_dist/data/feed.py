@@ -21,7 +21,7 @@ from ray.exceptions import RayTaskError
 from recsys_dist.data.order import Piece, microseconds
 from recsys_dist.errors import DataError
 
-_AHEAD_BYTES = 128 << 20  # of blocks read ahead, per worker
+AHEAD_BYTES = 128 << 20  # of blocks read ahead, per worker
 _ROUND_S = 0.05
 
 
@@ -83,7 +83,7 @@ def _stream(pieces: Sequence[Piece]) -> Generator[pa.Table, None, None]:
     context.enable_progress_bars = False
     context.custom_execution_callback_classes = [_Paced]
     context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ExecutionResources(object_store_memory=_AHEAD_BYTES)
+    context.execution_options.resource_limits = ExecutionResources(object_store_memory=AHEAD_BYTES)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     items: list[Any] = [asdict(piece) for piece in pieces]
     blocks = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(

@@ -5,7 +5,6 @@ parts ─read, validate─▶ rows ─shuffle by user─▶ events/ ─count─�
 """
 
 import datetime as dt
-import hashlib
 import json
 import logging
 import math
@@ -27,8 +26,9 @@ from tqdm import tqdm
 from recsys_dist import __version__, session
 from recsys_dist.config import Config, digest
 from recsys_dist.data import encoders as fitting
-from recsys_dist.data import stages, transforms
+from recsys_dist.data import identity, stages, transforms
 from recsys_dist.data.counts import HISTORY, LATE_HISTORY, POSITIVE, TRAIN, VALID, Counts
+from recsys_dist.data.encoders import Encoders
 from recsys_dist.data.entities import Entities
 from recsys_dist.data.examples import World
 from recsys_dist.data.logs import Ledger, LogSpec
@@ -36,11 +36,13 @@ from recsys_dist.data.output import LOCK, sole_writer, write_parquet, write_text
 from recsys_dist.data.prepared import MANIFEST, Manifest, Prepared, ShardSet
 from recsys_dist.data.sources.protocol import Source, SourceConfig, open_source, source_config
 from recsys_dist.data.split import SPLITS, Split, check_split, choose_split, choose_valid
+from recsys_dist.data.vocab import Admission
 from recsys_dist.errors import ConfigError, DataError, QuarantineError, RecsysError, SourceError
 from recsys_dist.schema import Bucketed, Categorical, Cross, Numeric, Schema, side
 
 FORMAT = 2  # of the prepared files; raise it when they change, so that old ones are made anew
 EVENTS = "events.json"  # written when events/ is complete
+RAW = "raw.json"  # what the raw files were like when they were last read whole
 
 
 class PrepareConfig(Config):
@@ -53,6 +55,9 @@ class PrepareConfig(Config):
     )
     test_from: dt.date | None = Field(
         None, description="first test day; default: the source's protocol, or late days"
+    )
+    former: str | None = Field(
+        None, description="prepared data, such as yesterday's, whose values keep their rows"
     )
     duplicates: str = Field("quarantine", pattern="^(quarantine|keep)$")
     max_quarantined: float = Field(
@@ -78,20 +83,33 @@ def prepare(cfg: PrepareConfig, out: str | Path) -> Prepared:
     path = Path(out).absolute()
     source = open_source(cfg.source)
     schema = cfg.features or source.schema()
-    raw = _raw_digest(source)
-    fingerprint = digest([FORMAT, __version__, cfg.model_dump(mode="json"), schema.digest(), raw])
-    if not _holds(path / MANIFEST, fingerprint):
+    seen = identity.remembered(path / RAW)
+    raw, now = identity.look(source, seen)
+    settings, numbered = cfg.model_dump(mode="json", exclude={"former"}), _numbered(cfg, path)
+    fingerprint = digest([FORMAT, __version__, settings, schema.digest(), raw, *numbered])
+    if not _holds(path / MANIFEST, fingerprint) or now != seen:
         with sole_writer(path):
             if not _holds(path / MANIFEST, fingerprint):  # another process may have made it meanwhile
                 session.connect()
                 events = _events(cfg, source, schema, path, raw)
                 _make_examples(cfg, source, schema, path, events, fingerprint)
+            write_text(json.dumps(now), path / RAW)
     return Prepared.open(path)
+
+
+def _numbered(cfg: PrepareConfig, path: Path) -> list[str]:
+    """Digest of the vocabularies whose rows are kept, if any."""
+    if cfg.former is None:
+        return []
+    if Path(cfg.former).resolve() == path.resolve():
+        raise ConfigError(f"former={cfg.former!r} is where the new data go; give each day a directory")
+    return [Prepared.open(cfg.former).manifest.vocabulary_digest]
 
 
 def _events(cfg: PrepareConfig, source: Source, schema: Schema, path: Path, raw: str) -> dict[str, Any]:
     """What is known of `events/`, which is written unless it is there: other days or shards reuse it."""
-    settings = cfg.model_dump(mode="json", exclude={"features", "valid_from", "test_from", "shard_rows"})
+    later = {"features", "valid_from", "test_from", "shard_rows", "former"}
+    settings = cfg.model_dump(mode="json", exclude=later)
     fingerprint = digest([FORMAT, __version__, settings, repr(LogSpec.from_schema(schema)), raw])
     reused = _holds(path / EVENTS, fingerprint)
     _clear(path, keep_events=reused)
@@ -108,7 +126,8 @@ def _make_examples(
     split = _split(cfg, source, days)
     buckets = found["buckets"]
     counts = _count(path, buckets, schema, split)
-    world = _fit(path, source, schema, counts, split)
+    former = Prepared.open(cfg.former).encoders if cfg.former else None
+    world, admissions = _fit(path, source, schema, counts, split, former)
     _write_catalogue(path, world, counts)
     shards = _build(path, buckets, world, split, _shard_counts(days, split, cfg.shard_rows))
     manifest = Manifest(
@@ -119,6 +138,7 @@ def _make_examples(
         config={**cfg.model_dump(mode="json"), "split": split.model_dump(mode="json")},
         splits=shards,
         ledger=found["ledger"],
+        admissions=admissions,
         collisions=fitting.collisions(schema, counts, world.users, world.items),
     )
     _check_complete(manifest, days)
@@ -173,15 +193,17 @@ def _count(path: Path, buckets: list[int], schema: Schema, split: Split) -> Coun
     return stages.merge_counts(list(_watched(rows.iter_rows(), "counting values", None)))
 
 
-def _fit(path: Path, source: Source, schema: Schema, counts: Counts, split: Split) -> World:
+def _fit(
+    path: Path, source: Source, schema: Schema, counts: Counts, split: Split, former: Encoders | None
+) -> tuple[World, dict[str, Admission]]:
     users = Entities.of(source.users(), "user_id", counts.by_column["user_id"]["value"].unique())
     items = Entities.of(source.items(), "item_id", counts.by_column["item_id"]["value"].unique())
     freeze = (split.test_from - dt.date(1970, 1, 1)).days
-    world = World(fitting.fit(schema, counts, users, items, freeze), users, items)
-    world.encoders.save(path / "vocabulary")
+    encoders, admissions = fitting.fit(schema, counts, users, items, freeze, former)
+    encoders.save(path / "vocabulary")
     write_parquet(users.attributes, path / "entities/users.parquet")
     write_parquet(items.attributes, path / "entities/items.parquet")
-    return world
+    return World(encoders, users, items), admissions
 
 
 def _write_catalogue(path: Path, world: World, counts: Counts) -> None:
@@ -329,31 +351,10 @@ def _check_complete(manifest: Manifest, days: dict[dt.date, int]) -> None:
             raise DataError(f"split {name!r} is empty; choose other days with valid_from and test_from")
 
 
-def _raw_digest(source: Source) -> str:
-    """Identity of the raw files as they are now, by size and time of change, and of users and items."""
-    files = {}
-    for part in source.parts():
-        if part.file and "://" not in part.file:
-            stat = Path(part.file).stat()
-            files[part.file] = [stat.st_size, stat.st_mtime_ns]
-    tables = [_table_digest(table) for table in (source.users(), source.items())]
-    parts = [part.name for part in source.parts()]
-    return digest([parts, files, tables])
-
-
-def _table_digest(table: pa.Table | None) -> str:
-    seen = hashlib.sha256()
-    for batch in table.to_batches() if table is not None else ():
-        seen.update(batch.serialize())
-    return seen.hexdigest()
-
-
 def _holds(file: Path, fingerprint: str | None = None) -> bool:
     """Is this a file of prepared data, of these settings and raw files where a fingerprint is given?"""
-    if not file.is_file():
-        return False
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_text()) if file.is_file() else None
     except ValueError:
         return False
     found = values.get("fingerprint") if isinstance(values, dict) else None
@@ -364,7 +365,7 @@ def _clear(path: Path, keep_events: bool) -> None:
     """Remove what an earlier or unfinished preparation left; refuse a directory that holds anything else."""
     of_events = {EVENTS, "ledger.json", "ledger", "events", "quarantine"}
     made = {MANIFEST, "items.parquet", "vocabulary", "entities", "ranking", "recall", "sequences", "users"}
-    foreign = sorted(p.name for p in path.iterdir() if p.name not in made | of_events | {LOCK})
+    foreign = sorted(p.name for p in path.iterdir() if p.name not in made | of_events | {LOCK, RAW})
     if (path / MANIFEST).exists() and not _holds(path / MANIFEST):
         foreign.append(MANIFEST)
     if foreign:

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from recsys_dist.config import Config
 from recsys_dist.data.encoders import Encoders
+from recsys_dist.data.vocab import Admission
 from recsys_dist.errors import DataError
 from recsys_dist.schema import Schema
 
@@ -41,6 +42,8 @@ class Manifest(Config):
     config: dict[str, Any]
     splits: dict[str, ShardSet]  # "ranking/train", "sequences/clicked/refit", "users/test", ...
     ledger: dict[str, Any]
+    # feature with a vocabulary -> how many of the values that training has seen have a row
+    admissions: dict[str, Admission] = Field(default_factory=dict)
     # hashed feature -> share of its values that share a row with others
     collisions: dict[str, float] = Field(default_factory=dict)
 

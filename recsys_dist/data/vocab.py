@@ -1,4 +1,4 @@
-"""Raw value → table row. Row 0 is unknown: null, rarer than `min_count`, or not seen in training."""
+"""Raw value → table row. Row 0 is unknown: null, kept out by a limit, or not seen in training."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,10 +9,28 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from recsys_dist.config import Config
 from recsys_dist.data.keys import Keys
 from recsys_dist.data.output import write_parquet
 
 UNKNOWN = 0
+
+
+class Admission(Config):
+    """How many of the values seen in training a vocabulary keeps; of others, the first limit they are beyond.
+
+    unknown  share of the events it was fitted on that read row 0, nulls among them
+    """
+
+    values: int
+    rare: int  # min_count
+    old: int  # max_age_days
+    beyond: int  # max_rows
+    unknown: float
+
+    @property
+    def kept(self) -> int:
+        return self.values - self.rare - self.old - self.beyond
 
 
 @dataclass(frozen=True)
@@ -23,16 +41,16 @@ class Vocabulary:
     counts: np.ndarray  # int64
 
     @classmethod
-    def fit(cls, values: pa.Array, counts: np.ndarray, min_count: int = 1) -> "Vocabulary":
-        """Keep values counted at least `min_count` times, most frequent first, ties by value.
+    def fit(cls, values: pa.Array, counts: np.ndarray) -> "Vocabulary":
+        """All values that were counted, most frequent first, ties by value.
 
         `values` may repeat: their counts are added up. Nulls are left out.
         """
         table = pa.table({"value": values.cast(pa.string()), "count": pa.array(counts, pa.int64())})
         summed = table.filter(pc.is_valid(table["value"])).group_by("value").aggregate([("count", "sum")])
-        kept = summed.filter(pc.greater_equal(summed["count_sum"], min_count))
-        kept = kept.sort_by([("count_sum", "descending"), ("value", "ascending")]).combine_chunks()
-        return cls(_flat(kept["value"]), kept["count_sum"].to_numpy())
+        seen = summed.filter(pc.greater(summed["count_sum"], 0))
+        seen = seen.sort_by([("count_sum", "descending"), ("value", "ascending")]).combine_chunks()
+        return cls(_flat(seen["value"]), seen["count_sum"].to_numpy())
 
     @property
     def rows(self) -> int:
@@ -47,17 +65,21 @@ class Vocabulary:
     def _keys(self) -> Keys:
         return Keys(self.values)
 
-    def merge(self, values: pa.Array, counts: np.ndarray, min_count: int = 1) -> "Vocabulary":
-        """Add newly seen values behind the known ones, whose rows never change; counts are added up."""
-        fresh = Vocabulary.fit(values, counts, 1)
-        rows = self.lookup(fresh.values)
-        known, new = rows > UNKNOWN, (rows == UNKNOWN) & (fresh.counts >= min_count)
-        total = self.counts.copy()
-        np.add.at(total, rows[known] - 1, fresh.counts[known])
-        appended = fresh.values.filter(pa.array(new))
-        return Vocabulary(
-            pa.concat_arrays([self.values, appended]), np.concatenate([total, fresh.counts[new]])
-        )
+    def take(self, at: np.ndarray) -> "Vocabulary":
+        """Of the values at these places (a row's less one), in this order."""
+        return Vocabulary(self.values.take(pa.array(at)), self.counts[at])
+
+    def numbered_as(self, former: "Vocabulary") -> "Vocabulary":
+        """The same values; those that `former` has keep its rows, and others take the rows that are free.
+
+        (Of kept values only those move whose row this smaller table has not.)
+        """
+        there = former.lookup(self.values) - 1
+        stays = (there >= 0) & (there < len(there))
+        at = np.full(len(there), -1)
+        at[there[stays]] = np.flatnonzero(stays)
+        at[at < 0] = np.flatnonzero(~stays)
+        return self.take(at)
 
     def save(self, path: Path) -> None:
         write_parquet(pa.table({"value": self.values, "count": self.counts}), path)

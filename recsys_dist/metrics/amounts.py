@@ -4,7 +4,7 @@ N rows
 """
 
 import numpy as np
-from scipy.stats import kendalltau
+import scipy  # whose statistics load where they are first used, for they take a second
 
 from recsys_dist.errors import DataError
 
@@ -31,7 +31,7 @@ def _xauc(predicted: np.ndarray, observed: np.ndarray) -> float:
     untied = [_untied_pairs(values) for values in (predicted, observed)]
     if not all(untied):
         return 0.5 if untied[1] else np.nan
-    tau = float(kendalltau(predicted, observed).statistic)
+    tau = float(scipy.stats.kendalltau(predicted, observed).statistic)
     return 0.5 + 0.5 * tau * float(np.sqrt(untied[0] / untied[1]))
 
 

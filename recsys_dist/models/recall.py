@@ -96,18 +96,44 @@ def listed(ids: JaggedTensor, candidate_C: torch.Tensor) -> torch.Tensor:
 
 
 def lookup(
-    tables: EmbeddingBagCollection, key: str, ids: torch.Tensor, lengths: torch.Tensor
+    tables: EmbeddingBagCollection,
+    key: str,
+    ids: torch.Tensor,
+    lengths: torch.Tensor,
+    keys: Sequence[str] | None = None,
 ) -> torch.Tensor:
-    """[len(lengths), D] vectors of `ids` by feature `key`; a length of 0 (padding) gives zeros."""
-    vectors: torch.Tensor = tables(KeyedJaggedTensor(keys=[key], values=ids, lengths=lengths)).values()
+    """[len(lengths), D] vectors of `ids` by feature `key`; a length of 0 (padding) gives zeros.
+
+    `keys` are the features that the tables are looked up by elsewhere, where it is not `key` alone: sharded
+    ones take the order of the first call for that of all.
+    """
+    keys = [key] if keys is None else keys
+    of_keys = torch.cat([lengths if name == key else torch.zeros_like(lengths) for name in keys])
+    vectors: torch.Tensor = tables(KeyedJaggedTensor(keys=list(keys), values=ids, lengths=of_keys))[key]
     return vectors
 
 
-def every_row(tables: EmbeddingBagCollection, key: str, rows: int, device: torch.device) -> torch.Tensor:
+def every_row(
+    tables: EmbeddingBagCollection,
+    key: str,
+    rows: int,
+    device: torch.device,
+    keys: Sequence[str] | None = None,
+) -> torch.Tensor:
     """[rows, D] the whole table; on sharded tables every worker calls it together and gets it all."""
     ids = torch.arange(rows, dtype=torch.int32, device=device)
     blocks = torch.split(ids, LOOKUP_ROWS)
-    return torch.cat([lookup(tables, key, block, torch.ones_like(block)) for block in blocks])
+    return torch.cat([lookup(tables, key, block, torch.ones_like(block), keys) for block in blocks])
+
+
+def more_rows(sparse: KeyedJaggedTensor, key: str, ids: torch.Tensor) -> KeyedJaggedTensor:
+    """`sparse`, and after its rows one for each of `ids`, that has it as `key` and nothing else."""
+    keys, lengths, values = sparse.keys(), [], []
+    for name in keys:
+        own = sparse[name]
+        lengths.append(F.pad(own.lengths(), (0, len(ids)), value=int(name == key)))
+        values += [own.values(), ids] if name == key else [own.values()]
+    return KeyedJaggedTensor(keys=keys, values=torch.cat(values), lengths=torch.cat(lengths))
 
 
 def one_id(sparse: KeyedJaggedTensor, name: str) -> torch.Tensor:

@@ -22,7 +22,7 @@ from recsys_dist.errors import ConfigError
 from recsys_dist.models.layers import DIM_UNIT, MLP, Activation, embedding_tables, normal, pooled
 from recsys_dist.models.losses import bayesian_personalised_ranking, gbce, gbce_beta, sampled_softmax
 from recsys_dist.models.protocol import Catalogue, ModelConfig, Task
-from recsys_dist.models.recall import Negatives, every_row, lookup, of_user, one_id
+from recsys_dist.models.recall import Negatives, every_row, lookup, more_rows, of_user, one_id
 from recsys_dist.schema import Schema
 
 
@@ -38,7 +38,12 @@ class Config(ModelConfig):
         8, ge=1, multiple_of=DIM_UNIT, description="of all other input tables: the user's attributes, context"
     )
     embedding_std: float = Field(0.05, gt=0, description="all tables start as N(0, std²)")
-    hidden: tuple[int, ...] = (256,)
+    hidden: tuple[int, ...] | None = Field(
+        (256,), description="() is one linear layer; null none at all: the mean itself is the user's vector"
+    )
+    shared: bool | None = Field(
+        None, description="one table for items watched and to recommend, as in BARS; default: the paper's two"
+    )
     activation: Activation = "relu"
     dropout: float = Field(0.0, ge=0, lt=1)
     output_dim: int = Field(64, ge=1, multiple_of=DIM_UNIT, description="D, of user and item vectors")
@@ -60,6 +65,11 @@ class Config(ModelConfig):
     def _compatible(self) -> "Config":
         if self.normalise and self.item_bias:
             raise ValueError("item_bias has no meaning for vectors of length 1; switch normalise off")
+        if (self.shared or self.hidden is None) and (self.item_bias or self.embedding_dim != self.output_dim):
+            raise ValueError(
+                "shared tables, and a user vector that is a mean of theirs, are as wide as what is "
+                "recommended: give embedding_dim and output_dim one value, and no item_bias"
+            )
         return self
 
 
@@ -74,23 +84,27 @@ class Model(nn.Module):
         self.item = schema.item_id.name
         # a sequence brings the item feature whose table it shares; the tower must not see that one
         read = [f for f in schema.ids if "item" not in schema.sides(f)]
-        self.names = [feature.name for feature in read]
+        self.names, self.keys = [feature.name for feature in read], [feature.name for feature in schema.ids]
         of_sequences = {schema.table(f) for f in schema.sequences}
         dims = {
             schema.table(f): cfg.embedding_dim if schema.table(f) in of_sequences else cfg.side_dim
             for f in read
         }
-        self.tables = embedding_tables(schema, read, dims, normal(cfg.embedding_std))
+        sought = [*read, schema.item_id] if cfg.shared else read
+        self.tables = embedding_tables(schema, sought, dims, normal(cfg.embedding_std))
         self.sequences = [feature.name for feature in schema.sequences]
         inputs = sum(dims[schema.table(f)] for f in read) + len(schema.dense) + len(self.sequences)
-        if cfg.output_activation:
+        if cfg.hidden is None:
+            self.tower = None
+        elif cfg.output_activation:
             self.tower = MLP(inputs, (*cfg.hidden, cfg.output_dim), cfg.activation, cfg.dropout)
         else:
             self.tower = MLP(inputs, cfg.hidden, cfg.activation, cfg.dropout, out=cfg.output_dim)
-        vector_dim = cfg.output_dim + DIM_UNIT * cfg.item_bias
-        self.item_tables = embedding_tables(
-            schema, [schema.item_id], vector_dim, normal(cfg.embedding_std), prefix="output_"
-        )
+        if not cfg.shared:
+            vector_dim = cfg.output_dim + DIM_UNIT * cfg.item_bias
+            self.item_tables = embedding_tables(
+                schema, [schema.item_id], vector_dim, normal(cfg.embedding_std), prefix="output_"
+            )
         self.negatives = Negatives(
             catalogue.positives, cfg.negatives, cfg.negatives_alpha, cfg.negatives_seed
         )
@@ -106,34 +120,34 @@ class Model(nn.Module):
         of = {schema.table(f) for f in schema.sequences if f.name in chosen}
         if not of:
             raise ConfigError("youtubednn: needs a sequence feature, the user's past items, and has none")
-        return schema.select({*chosen, *of, schema.item_id.name})
+        item = schema.item_id.name
+        if cfg.shared and item not in of:
+            raise ConfigError("youtubednn: shared=true needs a sequence of item ids, and there is none")
+        if cfg.hidden is None and chosen not in [{f.name} for f in schema.item_sequences]:
+            raise ConfigError(
+                f"youtubednn: hidden=null takes the mean of one sequence of items for the user, and it reads "
+                f"{', '.join(sorted(chosen))}; name the sequence with features=[...]"
+            )
+        return schema.select({*chosen, *of, item})
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """[B, D] user vectors; with `item_bias` [B, D + 4]: the inner product adds the mean of 4 weights."""
-        embedded = pooled(self.tables(batch.sparse), self.names)
-        # a mean of one video and of fifty look alike; how long each history is tells them apart
-        lengths = [torch.log1p(batch.sparse[name].lengths().float()) for name in self.sequences]
-        user_BD = self.tower(torch.cat([embedded, batch.dense, torch.stack(lengths, dim=1) / 4], dim=1))
-        if self.cfg.normalise:
-            return F.normalize(user_BD, dim=1)
-        return F.pad(user_BD, (0, DIM_UNIT), value=1 / DIM_UNIT) if self.cfg.item_bias else user_BD
+        return self._users(pooled(self.tables(batch.sparse), self.names), batch)
 
     def item_vectors(self) -> torch.Tensor:
         """[I, D] item vectors; on sharded tables every worker calls it together and gets them all."""
         rows, device = len(self.log_q_I), self.log_q_I.device
+        if self.cfg.shared:
+            return self._normalised(every_row(self.tables, self.item, rows, device, self.keys))
         return self._normalised(every_row(self.item_tables, self.item, rows, device))
 
     def loss(self, batch: Batch, step: int) -> torch.Tensor:
         """[B] the sampled softmax, or `cfg.loss`; 0 where the positive is unknown: nothing recommends it."""
         positive_B = one_id(batch.sparse, self.item)
         negative_S = self.negatives.draw(step).to(positive_B.device)
-        # one lookup, and so one exchange between workers, for positives and negatives together
-        jagged = batch.sparse[self.item]
-        ids = torch.cat([jagged.values(), negative_S])
-        lengths = torch.cat([jagged.lengths(), torch.ones_like(negative_S)])
-        vectors = self._normalised(lookup(self.item_tables, self.item, ids, lengths))
+        user_BD, vectors = self._embedded(batch, negative_S)
         positive_BD, negative_SD = vectors[: batch.rows], vectors[batch.rows :]
-        user_BD = self(batch) / self.cfg.temperature
+        user_BD = user_BD / self.cfg.temperature
         logit_B, others_BS = (user_BD * positive_BD).sum(dim=1), user_BD @ negative_SD.T
         hit_BS = positive_B[:, None] == negative_S[None, :]
         match self.cfg.loss:
@@ -148,7 +162,29 @@ class Model(nn.Module):
 
     def table_groups(self) -> Mapping[str, list[nn.Parameter]]:
         """`"deep"`: the input tables and the softmax's item table."""
-        return {"deep": [*self.tables.parameters(), *self.item_tables.parameters()]}
+        output = [] if self.cfg.shared else self.item_tables.parameters()
+        return {"deep": [*self.tables.parameters(), *output]}
+
+    def _embedded(self, batch: Batch, negative_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, D] of users; [B + S, D] of positives and negatives, together: one exchange between workers."""
+        if self.cfg.shared:
+            found = self.tables(more_rows(batch.sparse, self.item, negative_S))
+            return self._users(pooled(found, self.names)[: batch.rows], batch), self._normalised(
+                found[self.item]
+            )
+        jagged = batch.sparse[self.item]
+        ids = torch.cat([jagged.values(), negative_S])
+        lengths = torch.cat([jagged.lengths(), torch.ones_like(negative_S)])
+        return self(batch), self._normalised(lookup(self.item_tables, self.item, ids, lengths))
+
+    def _users(self, embedded: torch.Tensor, batch: Batch) -> torch.Tensor:
+        if self.tower is not None:
+            # a mean of one video and of fifty look alike; how long each history is tells them apart
+            lengths = [torch.log1p(batch.sparse[name].lengths().float()) for name in self.sequences]
+            embedded = self.tower(torch.cat([embedded, batch.dense, torch.stack(lengths, dim=1) / 4], dim=1))
+        if self.cfg.normalise:
+            return F.normalize(embedded, dim=1)
+        return F.pad(embedded, (0, DIM_UNIT), value=1 / DIM_UNIT) if self.cfg.item_bias else embedded
 
     def _normalised(self, vectors: torch.Tensor) -> torch.Tensor:
         return F.normalize(vectors, dim=1) if self.cfg.normalise else vectors

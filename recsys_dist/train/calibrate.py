@@ -6,8 +6,7 @@ N rows, K knots
 from typing import Literal
 
 import numpy as np
-from scipy.optimize import isotonic_regression, minimize
-from scipy.special import expit
+import scipy  # whose parts load as they are first used: a worker that starts can do without them
 
 from recsys_dist.models.calibration import KNOTS, Points
 
@@ -35,12 +34,12 @@ def _platt(logits: np.ndarray, labels: np.ndarray) -> Points:
 
     def loss(line: np.ndarray) -> tuple[float, np.ndarray]:
         scaled = line[0] * z + line[1]
-        excess = expit(scaled) - y
+        excess = scipy.special.expit(scaled) - y
         return float((np.logaddexp(0, scaled) - y * scaled).mean()), np.array(
             [(excess * z).mean(), excess.mean()]
         )
 
-    slope, intercept = minimize(
+    slope, intercept = scipy.optimize.minimize(
         loss, np.array([1.0, 0.0]), jac=True, method="BFGS", options={"gtol": 1e-8}
     ).x.tolist()
     if slope <= 0:
@@ -56,7 +55,7 @@ def _isotonic(logits: np.ndarray, labels: np.ndarray) -> Points:
     x = np.bincount(bins, logits[order]) / rows
     # a rate of 0 or 1 has no logit: half a row is given to either side
     rate = (np.bincount(bins, labels[order]) + 0.5) / (rows + 1)
-    rising = isotonic_regression(rate, weights=rows).x
+    rising = scipy.optimize.isotonic_regression(rate, weights=rows).x
     block = np.r_[0, np.cumsum(np.diff(rising) > 0)]
     weight = np.bincount(block, rows)
     centre = np.bincount(block, x * rows) / weight

@@ -2,17 +2,14 @@
 
 A checkpoint is a fresh directory: the tensors as torch.distributed.checkpoint writes them, then, fsynced
 and last, `manifest.json` with the sha256 of every file. A directory whose files do not match its manifest
-is torn and is passed over. (DCP's own `.metadata` is a pickle: it is read only after its sha256 was.)
+is torn and is passed over, and so is an increment (see `train.increments`) whose base is. (DCP's own
+`.metadata` is a pickle: it is read only after its sha256 was.) `train.saving` writes them.
 """
 
 import hashlib
 import logging
-import math
 import shutil
-import uuid
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,20 +19,20 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from pydantic import Field, ValidationError
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
-from recsys_dist.config import Config
-from recsys_dist.data.output import naming, write_text
-from recsys_dist.errors import CheckpointError, DataError, NonFiniteLossError
+from recsys_dist.config import Config, digest
+from recsys_dist.errors import CheckpointError
 from recsys_dist.models.protocol import Catalogue, model_module, model_schema
 from recsys_dist.schema import Schema
-from recsys_dist.train.loop import Loss, Totals, Workers
-from recsys_dist.train.pieces import copied, local
+from recsys_dist.train.increments import Base, Touched, put_back
+from recsys_dist.train.loop import Loss, Totals
 from recsys_dist.train.sharding import ShardedModel, materialise
 
 MANIFEST = "manifest.json"
 _CHUNK_BYTES = 1 << 22
-_ITEM_FEATURE = "catalogue.features."  # prefix of the saved features of the catalogue
+CATALOGUE = "catalogue."  # prefix of what is saved of the catalogue; it stays what it is
+ITEM_FEATURE = f"{CATALOGUE}features."
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +53,22 @@ class Position(Config):
     totals: Totals = Field(default_factory=Totals)
 
 
+class Chain(Config):
+    """Runs of which each started from the one before (`warm_start`).
+
+    first   name of the first
+    epochs  that the phases of this kind before had finished, up to the checkpoints that were started from
+    """
+
+    first: str
+    epochs: int
+
+
 class Manifest(Config):
-    """What a checkpoint is of. `epoch` counts finished epochs, `step` finished steps, both of its phase."""
+    """What a checkpoint is of. `epoch` counts finished epochs, `step` finished steps, both of its phase.
+
+    Steps go on from those of the phase that a warm start began with.
+    """
 
     files: dict[str, FileEntry] = Field(default_factory=dict)
     model: dict[str, Any]
@@ -71,9 +82,11 @@ class Manifest(Config):
     step: int
     history: list[dict[str, Any]]  # an entry per finished epoch, metrics included
     position: Position | None = None  # None: between two epochs
+    chain: Chain | None = None  # None: the run started anew
     rollbacks: int = 0  # how often training went back to a checkpoint before this one, up to it
     plan: dict[str, Any] = Field(default_factory=dict)
     workers: int = 1
+    base: Base | None = None  # None: it holds everything
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -88,107 +101,17 @@ class Checkpoint:
     path: Path
     manifest: Manifest
 
-
-def save(
-    root: Path, sharded: ShardedModel, catalogue: Catalogue, manifest: Manifest, workers: Workers
-) -> Checkpoint:
-    """Write a checkpoint into a fresh directory below `root`. Collective; all workers see one file system.
-
-    Raises, on all workers alike, CheckpointError where it cannot be written, as on a full disk, and
-    NonFiniteLossError where there is a number that is none; older checkpoints stay as they were.
-    """
-    return _write(root, _state(sharded, catalogue), _with_plan(manifest, sharded, workers), workers)
-
-
-class Background:
-    """Saves while training goes on: what is to be saved is copied, and written by a thread.
-
-    The thread talks to those of the other workers in a group of their own.
-    """
-
-    def __init__(self, workers: Workers) -> None:
-        self._workers = workers.apart()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._running: Future[None] | None = None
-
-    def save(
-        self,
-        root: Path,
-        sharded: ShardedModel,
-        catalogue: Catalogue,
-        manifest: Manifest,
-        then: Callable[[Checkpoint], None] = lambda _: None,
-    ) -> None:
-        """`checkpoint.save` of what there is now, `then` what is to follow. Collective.
-
-        Waits for the one before, and raises what that one raised.
-        """
-        self.wait()
-        state = {name: copied(value) for name, value in _state(sharded, catalogue).items()}
-        manifest = _with_plan(manifest, sharded, self._workers)
-        self._running = self._pool.submit(lambda: then(_write(root, state, manifest, self._workers)))
-
-    def wait(self) -> None:
-        """Until nothing is being written. Raises what `checkpoint.save` would have raised."""
-        if self._running is not None:
-            running, self._running = self._running, None
-            running.result()
-
-
-def _state(sharded: ShardedModel, catalogue: Catalogue) -> dict[str, Any]:
-    state = {**_live_state(sharded), "catalogue.positives": catalogue.positives}
-    state |= {f"{_ITEM_FEATURE}{name}": values for name, values in catalogue.features.items()}
-    return state | {f"dense.{key}": value for key, value in sharded.optimizers.state().items()}
-
-
-def _finite(state: dict[str, Any]) -> bool:
-    """Whether what this worker has learned has neither NaN nor infinity in it."""
-    learned = [value for name, value in state.items() if not name.startswith("catalogue.")]
-    held = [tensor for value in learned for tensor, _ in local(value)]
-    ends = [end for t in held if t.is_floating_point() and t.numel() for end in t.aminmax()]
-    return all(map(math.isfinite, ends))
-
-
-def _with_plan(manifest: Manifest, sharded: ShardedModel, workers: Workers) -> Manifest:
-    placed = {"plan": sharded.plan(), "workers": workers.size}
-    return Manifest.parse({**manifest.model_dump(), **placed})
-
-
-def _write(root: Path, state: dict[str, Any], manifest: Manifest, workers: Workers) -> Checkpoint:
-    if not all(workers.gather(_finite(state))):
-        raise NonFiniteLossError(f"after step {manifest.step} weights are not finite; they are not saved")
-    at = f"epoch-{manifest.epoch:04d}" if manifest.position is None else f"step-{manifest.step:09d}"
-    path = root / workers.agree(f"{at}-{uuid.uuid4().hex[:8]}")
-    writer = FileSystemWriter(path, sync_files=True)
-    with _removing_torn(path):
-        dcp.save(state, storage_writer=writer, process_group=workers.group, no_dist=not dist.is_initialized())
-    mine = {f.name: _entry(f) for f in sorted(path.iterdir()) if _belongs_to(f.name, workers.rank)}
-    entries: dict[str, FileEntry] = {}
-    for theirs in workers.gather(mine):
-        entries |= theirs
-    manifest = Manifest.parse({**manifest.model_dump(), "files": entries})
-    refused = None
-    if workers.rank == 0:
-        try:
-            with _removing_torn(path):
-                write_text(manifest.model_dump_json(indent=1), path / MANIFEST)
-        except CheckpointError as error:
-            refused = error
-    refused = workers.agree(refused)  # committed for all, or for none
-    if refused is not None:
-        raise refused
-    return Checkpoint(path, manifest)
+    def as_base(self) -> Base:
+        """What increments of it are to say."""
+        return Base(name=self.path.name, content=digest(self.manifest.model_dump(include={"files"})))
 
 
 def load(checkpoint: Checkpoint, sharded: ShardedModel) -> None:
     """Restore weights and optimizer states, wherever they live now. Collective."""
-    state = _live_state(sharded)
     dense = _empty_like_saved(checkpoint.path, "dense.")
-    dcp.load(
-        {**state, **dense},
-        storage_reader=FileSystemReader(checkpoint.path),
-        no_dist=not dist.is_initialized(),
-    )
+    if sharded.touched is not None:
+        sharded.touched.begin(checkpoint.manifest.base or checkpoint.as_base())
+    _fill(checkpoint.path, {**live_state(sharded), **dense}, dist.is_initialized(), sharded.touched)
     sharded.optimizers.load_state({key.removeprefix("dense."): value for key, value in dense.items()})
 
 
@@ -218,34 +141,50 @@ def load_for_inference(path: Path | str, schema: Schema | None = None) -> tuple[
 
 def saved_catalogue(path: Path) -> Catalogue:
     """What the model of a checkpoint was told of the items."""
-    saved = _empty_like_saved(path, "catalogue.")
+    saved = _empty_like_saved(_base_of(path) or path, CATALOGUE)
     read(path, saved)
-    features = {k.removeprefix(_ITEM_FEATURE): v for k, v in saved.items() if k.startswith(_ITEM_FEATURE)}
+    features = {k.removeprefix(ITEM_FEATURE): v for k, v in saved.items() if k.startswith(ITEM_FEATURE)}
     return Catalogue(saved["catalogue.positives"], features)
 
 
 def saved_shapes(path: Path) -> dict[str, torch.Size]:
     """Of each tensor of a checkpoint: `weights.<name>`, `sums.<name>`, `dense.<name>.<slot>`, ..."""
-    saved = FileSystemReader(path).read_metadata().state_dict_metadata
-    return {key: entry.size for key, entry in saved.items()}  # type: ignore[union-attr]
+    saved = _saved(_base_of(path) or path)
+    return {key: entry.size for key, entry in saved.items()}
 
 
-def latest_valid(root: Path) -> Checkpoint | None:
+def latest_valid(root: Path, warn: Callable[[str], None] = log.warning) -> Checkpoint | None:
     """The checkpoint with the most steps that is whole; warns of each newer one that is not."""
     found: list[Checkpoint] = []
     for path in all_below(root):
         try:
-            found.append(Checkpoint(path, _manifest(path)))
+            found.append(Checkpoint(path, read_manifest(path)))
         except CheckpointError as error:
-            log.warning("passing over a checkpoint: %s", error)
+            warn(str(error))
     for checkpoint in sorted(found, key=lambda c: (c.manifest.step, c.manifest.epoch), reverse=True):
         try:
             verify(checkpoint.path)
         except CheckpointError as error:
-            log.warning("passing over a checkpoint: %s", error)
+            warn(str(error))
         else:
             return checkpoint
     return None
+
+
+def of_epoch(root: Path, epoch: int) -> Path:
+    """The whole checkpoint after the best epoch of a phase; CheckpointError where there is none."""
+    reason = "there is none"
+    for path in root.glob(f"epoch-{epoch:04d}-*"):  # several where one was torn or damaged, and made anew
+        try:
+            verify(path)
+        except CheckpointError as error:
+            reason = str(error)
+        else:
+            return path
+    raise CheckpointError(
+        f"epoch {epoch}, the best one, has no whole checkpoint below {str(root)!r}: {reason}; remove the "
+        "run's directory, and the command that made it trains it anew"
+    )
 
 
 def all_below(root: Path) -> list[Path]:
@@ -255,18 +194,32 @@ def all_below(root: Path) -> list[Path]:
 
 def verify(path: Path) -> Manifest:
     """The manifest of a whole checkpoint; CheckpointError says what is missing or damaged."""
-    manifest = _manifest(path)
+    manifest = read_manifest(path)
     for name, entry in manifest.files.items():
         file = path / name
         size = file.stat().st_size if file.is_file() else None
         if size != entry.size_bytes:
             raise CheckpointError(f"{str(file)!r} has {size} bytes instead of {entry.size_bytes}")
-        if _entry(file) != entry:
+        if entry_of(file) != entry:
             raise CheckpointError(f"{str(file)!r} was changed: its sha256 is not the manifest's")
+    if manifest.base is not None:
+        base = path.with_name(manifest.base.name)
+        try:
+            if Checkpoint(base, verify(base)).as_base() != manifest.base:
+                raise CheckpointError(f"{str(base)!r} is another one than it was")
+        except CheckpointError as error:
+            raise CheckpointError(f"{str(path)!r} has only what changed since another: {error}") from None
     return manifest
 
 
-def _manifest(path: Path) -> Manifest:
+def _base_of(path: Path) -> Path | None:
+    """Of an increment, the directory of the full checkpoint that it goes with."""
+    base = read_manifest(path).base
+    return None if base is None else path.with_name(base.name)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Of a committed checkpoint, whose files nobody has looked at."""
     try:
         return Manifest.model_validate_json((path / MANIFEST).read_bytes())
     except FileNotFoundError:
@@ -292,53 +245,59 @@ def refuse_other_schema(manifest: Manifest, schema: Schema) -> None:
 
 
 def retain(root: Path, keep: Iterable[Path]) -> None:
-    """Delete all checkpoints below `root`, torn ones too, but those to `keep`. One worker calls it."""
-    kept = {path.name for path in keep}
+    """Delete all checkpoints below `root`, torn ones too, but those to `keep` and their bases.
+
+    One worker calls it.
+    """
+    kept = {path.name for one in keep for path in (one, _base_of(one)) if path is not None}
     for path in all_below(root):
         if path.name not in kept:
             (path / MANIFEST).unlink(missing_ok=True)  # first: half deleted is torn, not damaged
             shutil.rmtree(path, ignore_errors=True)
 
 
-@contextmanager
-def _removing_torn(path: Path) -> Iterator[None]:
-    """CheckpointError where the block cannot write the checkpoint `path`; what there is of it is removed."""
-    try:
-        with naming(path):
-            try:
-                yield
-            except CheckpointException as error:  # what went wrong on any worker, raised on all
-                raise next(iter(error.failures.values()))[0] from None
-    except DataError as error:
-        shutil.rmtree(path, ignore_errors=True)
-        raise CheckpointError(str(error)) from None
-
-
-def _live_state(sharded: ShardedModel) -> dict[str, Any]:
-    weights = {f"weights.{name}": value for name, value in sharded.weights().items()}
-    return weights | {f"sums.{name}": value for name, value in sharded.accumulators().items()}
+def _saved(path: Path) -> dict[str, Any]:
+    return FileSystemReader(path).read_metadata().state_dict_metadata
 
 
 def _empty_like_saved(path: Path, prefix: str) -> dict[str, torch.Tensor]:
-    saved = FileSystemReader(path).read_metadata().state_dict_metadata
-    return {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
-        for key, entry in saved.items()
-        if key.startswith(prefix)
-    }
+    return {key: _empty(entry) for key, entry in _saved(path).items() if key.startswith(prefix)}
+
+
+def _empty(entry: Any) -> torch.Tensor:
+    return torch.empty(entry.size, dtype=entry.properties.dtype)
 
 
 def read(path: Path, state: dict[str, Any]) -> None:
     """Fill whole tensors from a checkpoint, in this process alone."""
-    dcp.load(state, storage_reader=FileSystemReader(path), no_dist=True)
+    _fill(path, state, together=False)
 
 
-def _belongs_to(name: str, rank: int) -> bool:
-    """DCP names a rank's files `__<rank>_<n>.distcp`; the metadata is rank 0's."""
-    return name.startswith(f"__{rank}_") or (rank == 0 and not name.startswith("__"))
+def _fill(path: Path, state: dict[str, Any], together: bool, touched: Touched | None = None) -> None:
+    """Fill live tensors, collectively where `together`, and mark in `touched` which rows an increment has."""
+    base, saved = _base_of(path), _saved(path)
+    there = {key: value for key, value in state.items() if base is None or key in saved}
+    for at, part in ((path, there), (base, {k: v for k, v in state.items() if k not in there})):
+        if at is not None and part:
+            dcp.load(part, storage_reader=FileSystemReader(at), no_dist=not together)
+
+    def piece(names: list[str]) -> dict[str, torch.Tensor]:
+        tensors = {name: _empty(saved[name]) for name in names}
+        dcp.load(tensors, storage_reader=FileSystemReader(path), no_dist=True)
+        return tensors
+
+    if base is not None:
+        put_back(state, saved, piece, touched)
 
 
-def _entry(file: Path) -> FileEntry:
+def live_state(sharded: ShardedModel) -> dict[str, Any]:
+    """Weights and the tables' optimizer state, as they are named in a checkpoint; views of them."""
+    weights = {f"weights.{name}": value for name, value in sharded.weights().items()}
+    return weights | {f"sums.{name}": value for name, value in sharded.accumulators().items()}
+
+
+def entry_of(file: Path) -> FileEntry:
+    """What a manifest says of a file."""
     seen = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):

@@ -34,7 +34,7 @@ from recsys_dist.models.calibration import Points
 from recsys_dist.models.protocol import model_module
 from recsys_dist.models.ranking import Ranker
 from recsys_dist.train import checkpoint as checkpoints
-from recsys_dist.train import pretrained, warm_start
+from recsys_dist.train import pretrained, saving, warm_start
 from recsys_dist.train.calibrate import fit
 from recsys_dist.train.catalogue import catalogue_of, occurrences
 from recsys_dist.train.checkpoint import Checkpoint, Manifest, Position
@@ -76,7 +76,7 @@ class Common:
         self.device = device
         self.workers = Workers()
         self.only_if(fence.take)
-        self.background = checkpoints.Background(self.workers)
+        self.background = saving.Background(self.workers)
         self.prepared = Prepared.open(cfg.data)
         self.schema = cfg.inputs(self.prepared)
         self.parts = cfg.parts(self.workers.size)
@@ -123,7 +123,14 @@ class _Attempt:
         self.cfg, self.schema, self.workers = common.cfg, common.schema, common.workers
         self.phase = phase
         self.root = common.path / phase.name
-        self.newest = self.workers.agree(checkpoints.latest_valid(self.root))
+        passed_over: list[str] = []
+        mine = checkpoints.latest_valid(self.root, passed_over.append) if self.workers.rank == 0 else None
+        self.newest = self.workers.agree(mine)
+        if passed_over:
+            start = self.newest.path.name if self.newest else "its start"
+            common.progress.notice(
+                phase.name, f"{phase.name} goes on from {start}, passing over", passed_over
+            )
         self.manifest = self.newest.manifest if self.newest else self._manifest()
         self.rollbacks = max(rollbacks, self.manifest.rollbacks)
 
@@ -192,6 +199,8 @@ class _Attempt:
         loss = Loss(model_module(cfg.model.name).Model(cfg.model, self.schema, catalogue))
         groups = loss.model.table_groups()
         self.sharded = shard(loss, groups, cfg.optimizer, cfg.sharding, cfg.seed, self.common.device)
+        if cfg.checkpoint_every_s is not None and cfg.checkpoint_increments > 0:
+            saving.watch(self.sharded, cfg.checkpoint_increments)
         if self.newest is not None:
             checkpoints.load(self.newest, self.sharded)
         elif cfg.item_vectors is not None:
@@ -205,7 +214,8 @@ class _Attempt:
         self._calibrate(phase.calibration)
 
     def _manifest(self) -> Manifest:
-        prepared = self.common.prepared.manifest
+        prepared, run = self.common.prepared.manifest, self.cfg.warm_start
+        step, chain = warm_start.goes_on_from(run, self.phase.name) if run else (0, None)
         return Manifest(
             model=self.cfg.model.model_dump(mode="json"),
             label=self.cfg.label,
@@ -215,8 +225,9 @@ class _Attempt:
             seed=self.cfg.seed,
             phase=self.phase.name,
             epoch=0,
-            step=0,
+            step=step,
             history=[],
+            chain=chain,
         )
 
     def _pieces(self) -> tuple[list[Piece], list[Piece]]:
@@ -343,10 +354,11 @@ class _Attempt:
         common = self.common
         common.background.wait()
         common.only_if(common.fence.holds)
-        saved = checkpoints.save(self.root, self.sharded, self.catalogue, self.manifest, self.workers)
+        saved = saving.save(self.root, self.sharded, self.catalogue, self.manifest, self.workers)
         self._retain(saved)
         entry = saved.manifest.history[-1]
-        common.progress.epoch(self.phase.name, self.phase.epochs, entry)
+        chain = saved.manifest.chain
+        common.progress.epoch(self.phase.name, self.phase.epochs, entry, chain.epochs if chain else 0)
         ray.train.report({"phase": self.phase.name, **entry})
         return saved
 
@@ -354,9 +366,11 @@ class _Attempt:
         """Forget all checkpoints of the phase but this one and that of the best epoch."""
         if self.workers.rank > 0 or not self.common.fence.holds():
             return
-        history = saved.manifest.history
+        keep, history = [saved.path], saved.manifest.history
         best = best_epoch(history, self.cfg.chosen_metric) if self.phase.valid and history else 0
-        checkpoints.retain(self.root, [saved.path, *self.root.glob(f"epoch-{best:04d}-*")])
+        if saved.manifest.position is not None or best < saved.manifest.epoch:  # else it is the best one
+            keep += [path.parent for path in self.root.glob(f"epoch-{best:04d}-*/{checkpoints.MANIFEST}")]
+        checkpoints.retain(self.root, keep)
 
 
 def _first_step(manifest: Manifest) -> int:

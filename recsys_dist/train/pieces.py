@@ -31,8 +31,10 @@ def copied(value: Any) -> Any:
     return ShardedTensor._init_from_local_shards_and_global_metadata(mine, value.metadata())
 
 
-def placed_as(weight: ShardedTensor, local: torch.Tensor) -> ShardedTensor:
+def placed_as(weight: Any, local: torch.Tensor) -> Any:
     """`local` [this worker's rows] or [.., n] as part of a tensor that lies where the weight's rows do."""
+    if not isinstance(weight, ShardedTensor):
+        return local
     found, columns = weight.metadata(), list(local.shape[1:])
     shards = [
         ShardMetadata(

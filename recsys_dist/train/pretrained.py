@@ -97,4 +97,4 @@ def checkpoint_of(run: str, phase: str, setting: str) -> Path:
     final = Path(run) / result["checkpoint"]
     if phase == "refit" or final.parent.name == phase:
         return final
-    return next(Path(run, phase).glob(f"epoch-{result['chosen_epoch']:04d}-*"))
+    return checkpoints.of_epoch(Path(run, phase), result["chosen_epoch"])

@@ -4,9 +4,10 @@ A file survives every kill. A restarted run drops the lines of the epochs that i
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,9 @@ class Progress:
             kept = [line for line in lines if line["phase"] != phase or still_true(line)]
             write_text("".join(json.dumps(line) + "\n" for line in kept), self._file)
 
-    def epoch(self, phase: str, of: int, entry: dict[str, Any]) -> None:
-        """An epoch is trained, validated and committed."""
-        self._append({"kind": "epoch", "phase": phase, "epochs": of, **entry})
+    def epoch(self, phase: str, of: int, entry: dict[str, Any], before: int) -> None:
+        """An epoch is trained, validated and committed; runs that this one goes on from had `before`."""
+        self._append({"kind": "epoch", "phase": phase, "epochs": of, "epochs_before": before, **entry})
 
     def notice(self, phase: str, what: str, details: list[str]) -> None:
         """Something that whoever waits for the run should read."""
@@ -126,17 +127,26 @@ class Progress:
                 stream.write(json.dumps(line) + "\n")
 
 
-def read(file: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-    """(line, offset after it) of each whole line from `offset` on; one still being written is left for later.
+@dataclass(frozen=True)
+class Place:
+    """Where a reader of the file has got to: `offset` bytes of the file with this `inode`."""
 
-    A file shorter than `offset` was cut by a restarted run: it is read from the start again.
+    inode: int = 0
+    offset: int = 0
+
+
+def read(file: Path, place: Place = Place()) -> Iterator[tuple[dict[str, Any], Place]]:
+    """(line, place after it) of each whole line from `place` on; one still being written is left for later.
+
+    A restarted run puts another file, without what it repeats, in its place: that is read from its start.
     """
     if not file.exists():
         return
     with file.open("rb") as stream:
-        offset = offset if offset <= file.stat().st_size else 0
+        inode = os.fstat(stream.fileno()).st_ino
+        offset = place.offset if place.inode == inode else 0
         stream.seek(offset)
         for line in stream:
             if line.endswith(b"\n"):
                 offset += len(line)
-                yield json.loads(line), offset
+                yield json.loads(line), Place(inode, offset)

@@ -38,6 +38,7 @@ _NOT_IDENTITY = (
     "skip_steps",
     "max_rollbacks",
     "checkpoint_every_s",
+    "checkpoint_increments",
     "profile",
     "item_vectors",  # told apart by what they are, see identity()
     "item_vectors_std",
@@ -106,6 +107,13 @@ class TrainConfig(Config):
         ge=0,
         description="seconds between checkpoints within an epoch, from which a lost run goes on; 0: after "
         "every step; none (null): after each epoch alone",
+    )
+    checkpoint_increments: float = Field(
+        0.3,
+        ge=0,
+        le=1,
+        description="a checkpoint within an epoch holds only the table rows that were looked up since the "
+        "last full one, where that is at most such a share of its bytes; 0: all are full",
     )
     max_failures: int = Field(3, ge=0, description="restarts from the newest checkpoint after lost workers")
     skip_steps: int = Field(
@@ -202,6 +210,8 @@ class TrainConfig(Config):
         if self.item_vectors is not None:
             found = pretrained.content(self.item_vectors, "item_vectors")
             learned["item_vectors"] = {"content": found, "std": self.item_vectors_std}
+        if self.sharding.exchange is not None:  # of how tables are placed, all that changes what is learned
+            learned["exchange"] = self.sharding.exchange
         if self.warm_start is not None:
             learned["warm_start"] = pretrained.content(self.warm_start, "warm_start")
         return learned

@@ -1,4 +1,4 @@
-"""The only torchrec.distributed: where each table lives, and what it starts with.
+"""Where each table lives, by TorchRec; with `sharders` the only torchrec.distributed.
 
 `shard` spreads a model over the workers of the process group; `materialise` makes its unsharded twin
 with the same values. Starting values are a function of (seed, table, block of rows), so they do not
@@ -16,20 +16,18 @@ import torch
 import torch.distributed as dist
 from pydantic import Field
 from torch import nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.types import PlannerError
-from torchrec.distributed.types import ShardingPlan
+from torchrec.distributed.types import CacheParams, ShardingPlan
 from torchrec.modules.embedding_configs import DataType
 
-from recsys_dist.config import Config, nearest, rng_for
+from recsys_dist.config import Config, nearest
 from recsys_dist.errors import ConfigError
 from recsys_dist.train.collectives import connect
+from recsys_dist.train.increments import Touched
 from recsys_dist.train.optim import (
     OptimizerConfig,
     Optimizers,
@@ -39,10 +37,12 @@ from recsys_dist.train.optim import (
     table_rules,
 )
 from recsys_dist.train.pieces import pieces, placed_as
+from recsys_dist.train.sharders import Exchange, sharders
+from recsys_dist.train.starting import fill
 
 Kind = Literal["table_wise", "row_wise", "column_wise", "data_parallel"]
+Offload = Literal["fused_uvm", "fused_uvm_caching"]
 
-_BLOCK_ROWS = 65_536  # rows initialised at once: bounds memory; part of what a seed means, do not change
 _COLUMNS = 4  # narrowest column-wise shard, FBGEMM's vector width
 _FLOAT_BYTES = 4
 # On CPU the planner's cost model, made for GPUs, cuts every table by rows; whole tables are faster (22 tables
@@ -56,6 +56,16 @@ class ShardingConfig(Config):
 
     kind: Kind | Literal["auto"] = "auto"
     tables: dict[str, Kind] = Field(default_factory=dict)
+    offload: dict[str, Offload] = Field(
+        default_factory=dict,
+        description="table -> FBGEMM's kernel for one that is larger than the GPU's memory: it lives in the "
+        "host's, with (fused_uvm_caching) a cache of rows on the GPU; see docs/large_tables.md",
+    )
+    cached: float = Field(0.2, gt=0, le=1, description="of a fused_uvm_caching table's rows, in the cache")
+    exchange: Exchange | None = Field(
+        None,
+        description="precision in which vectors and their gradients go to other workers; default: fp32",
+    )
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,7 @@ class Placed:
     """Where a table is to live.
 
     kind      of its sharding
+    kernel    of TorchRec that looks it up, by its name
     fused     whether its optimizer steps inside the lookup kernel, without a gradient as large as the table
     pooled    whether its features' ids are looked up as one vector, or as one each
     features  whose ids are looked up in it
@@ -73,6 +84,7 @@ class Placed:
     rows: int
     dim: int
     kind: str
+    kernel: str
     fused: bool
     pooled: bool
     rule: TableOptimizer
@@ -91,6 +103,7 @@ class ShardedModel:
     model       DistributedModelParallel; call it as the wrapped module
     optimizers  to step after each backward pass
     tables      name of each table's weight -> its TorchRec config
+    touched     rows since the last full checkpoint; None: all are full, see `saving.watch`
     """
 
     def __init__(
@@ -99,6 +112,7 @@ class ShardedModel:
         self.model = model
         self.optimizers = optimizers
         self.tables = tables
+        self.touched: Touched | None = None
         self._fused_rates = [(group, group["lr"]) for group in model.fused_optimizer.param_groups]
 
     def scale_rates(self, factor: float) -> None:
@@ -126,8 +140,7 @@ class ShardedModel:
         sums = {name: state for name, states in fused.items() for state in states.values()}
         weights = self.weights()
         for name, local in self.optimizers.accumulators().items():
-            whole = weights[name]
-            sums[name] = placed_as(whole, local) if isinstance(whole, ShardedTensor) else local
+            sums[name] = placed_as(weights[name], local)
         return sums
 
     @torch.no_grad()
@@ -144,13 +157,6 @@ class ShardedModel:
         """Table -> {"kind", "ranks"}."""
         placed = [item for module in self.model.plan.plan.values() for item in module.items()]
         return {t: {"kind": p.sharding_type, "ranks": list(p.ranks or [])} for t, p in placed}
-
-
-class _Bags(EmbeddingBagCollectionSharder):
-    """Row-wise too: the CPU kernels have it, the shipped list names it for CUDA alone."""
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        return sorted({*super().sharding_types(compute_device_type), "row_wise"})
 
 
 def shard(
@@ -170,18 +176,18 @@ def shard(
     connect(model)
     _narrow(model, rules)
     attach(model, rules)
-    sharders = _sharders()
+    using = sharders(sharding.exchange, torch.device(device))
     constraints = _constraints(sharding, tables, rules, torch.device(device).type)
     group = dist.group.WORLD
     assert group is not None, "shard() needs torch.distributed; materialise() is the single-process twin"
     planner = _planner(group.size(), constraints, torch.device(device).type)
     with _quiet():
-        plan = planner.collective_plan(model, sharders, group)
+        plan = planner.collective_plan(model, using, group)
         _keep_gradients(plan, [tables[name].name for name, rule in rules.items() if not rule.fused])
         parallel = DistributedModelParallel(
-            model, plan=plan, sharders=sharders, device=torch.device(device), init_data_parallel=False
+            model, plan=plan, sharders=using, device=torch.device(device), init_data_parallel=False
         )
-        _fill({n: w for n, w in parallel.state_dict().items() if n in tables}, tables, seed)
+        fill({n: w for n, w in parallel.state_dict().items() if n in tables}, tables, seed)
         parallel.init_data_parallel()
     return ShardedModel(parallel, Optimizers(parallel.named_parameters(), rules, optimizer.dense), tables)
 
@@ -199,11 +205,12 @@ def place(
     tables = tables_of(model)
     _narrow(model, rules)
     attach(model, rules)
+    using = sharders(sharding.exchange, torch.device(device))
     constraints = _constraints(sharding, tables, rules, device)
     planner = _planner(workers, constraints, device)
     try:
         with _quiet():
-            plan = planner.plan(model, _sharders())
+            plan = planner.plan(model, using)
     except PlannerError as error:
         raise ConfigError(f"TorchRec's planner finds no place for the tables: {error}") from None
     found = {name: placed for module in plan.plan.values() for name, placed in module.items()}
@@ -221,6 +228,7 @@ def _placed(weight: str, table: Any, placed: Any, rule: TableOptimizer, workers:
         rows=whole[0],
         dim=whole[1],
         kind=placed.sharding_type,
+        kernel=placed.compute_kernel,
         fused=rule.fused and placed.sharding_type != "data_parallel",
         pooled=".embeddings." not in f".{weight}",
         rule=rule,
@@ -235,7 +243,7 @@ def materialise(model: nn.Module, seed: int, device: torch.device | str = "cpu")
         if isinstance(module, EmbeddingBagCollection | EmbeddingCollection):
             module.to_empty(device=torch.device(device))
     tables = tables_of(model)
-    _fill({name: w for name, w in model.state_dict().items() if name in tables}, tables, seed)
+    fill({name: w for name, w in model.state_dict().items() if name in tables}, tables, seed)
     return model.to(device)
 
 
@@ -273,13 +281,20 @@ def _constraints(
     cfg: ShardingConfig, tables: Mapping[str, Any], rules: Mapping[str, TableOptimizer], device: str
 ) -> dict[str, ParameterConstraints]:
     names = [config.name for config in tables.values()]
-    for name in cfg.tables:
+    for setting, name in [*(("tables", n) for n in cfg.tables), *(("offload", n) for n in cfg.offload)]:
         if name not in names:
-            raise ConfigError(f"sharding.tables: the model has no table {name!r}{nearest(name, names)}")
+            raise ConfigError(f"sharding.{setting}: the model has no table {name!r}{nearest(name, names)}")
+    if cfg.offload and device != "cuda":
+        raise ConfigError(
+            f"sharding.offload={cfg.offload} is of FBGEMM's CUDA kernels; on {device} tables are in the "
+            "host's memory anyway: unset it, or set use_gpu=true"
+        )
     return {
         config.name: ParameterConstraints(
             sharding_types=_kinds(cfg, config, weight, rules[weight], device),
+            compute_kernels=[cfg.offload[config.name]] if config.name in cfg.offload else None,
             min_partition=_COLUMNS,
+            cache_params=CacheParams(load_factor=cfg.cached) if config.name in cfg.offload else None,
         )
         for weight, config in tables.items()
     }
@@ -300,6 +315,13 @@ def _kinds(cfg: ShardingConfig, table: Any, weight: str, rule: TableOptimizer, d
         refused["column_wise"] = (
             f"its dimension {dim} cannot be cut into columns of {_COLUMNS} or more; take table_wise"
         )
+    if table.name in cfg.offload:
+        if not rule.fused:
+            raise ConfigError(
+                f"sharding.offload: table {table.name!r} is stepped by a rule without a kernel (FTRL, or "
+                "weight_decay), which leaves a gradient as large as the table; take another rule"
+            )
+        refused["data_parallel"] = "a copy on each GPU is not offloaded; take table_wise or row_wise"
     if rule.precision is not None:
         refused["data_parallel"] = (
             "data-parallel tables are stepped by gradients of their own precision, which fp16 has too little "
@@ -324,10 +346,6 @@ def _kinds(cfg: ShardingConfig, table: Any, weight: str, rule: TableOptimizer, d
     return [
         kind for kind in ("table_wise", "row_wise", "column_wise", "data_parallel") if kind not in refused
     ]
-
-
-def _sharders() -> list[Any]:
-    return [_Bags(), EmbeddingCollectionSharder()]
 
 
 def _planner(
@@ -362,27 +380,6 @@ def _keep_gradients(plan: ShardingPlan, tables: list[str]) -> None:
         for name, parameter in placed.items():
             if name in tables:
                 parameter.compute_kernel = EmbeddingComputeKernel.DENSE.value
-
-
-@torch.no_grad()
-def _fill(weights: Mapping[str, Any], tables: Mapping[str, Any], seed: int) -> None:
-    for name, weight in weights.items():
-        config = tables[name]
-        for tensor, (row, column), (height, width) in pieces(weight, config):
-            for start, block in _blocks(config, seed, name, row, row + height):
-                first, last = max(row, start), min(row + height, start + len(block))
-                values = block[first - start : last - start, column : column + width]
-                tensor[first - row : last - row].copy_(values)
-
-
-def _blocks(config: Any, seed: int, name: str, first: int, last: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, values) of the whole blocks that cover rows `first:last` of a table."""
-    for start in range(first - first % _BLOCK_ROWS, last, _BLOCK_ROWS):
-        block = torch.empty(min(_BLOCK_ROWS, config.num_embeddings - start), config.embedding_dim)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(rng_for(seed, "table", name, start).integers(2**63)))
-            config.init_fn(block)
-        yield start, block
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import shutil
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,27 @@ from typing import Any
 import psutil
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S as END_TIMEOUT
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR as ROOM_TIMEOUT
 from tqdm import tqdm
 
 from recsys_dist import errors, session
 from recsys_dist.data.output import write_text
 from recsys_dist.data.prepared import Prepared
-from recsys_dist.errors import ConfigError, RecsysError, SupersededError, TrainError
+from recsys_dist.errors import CheckpointError, ConfigError, RecsysError, SupersededError, TrainError
+from recsys_dist.train.checkpoint import verify
 from recsys_dist.train.fence import take_over
 from recsys_dist.train.plan import Plan, plan
 from recsys_dist.train.pretrained import RESULT
-from recsys_dist.train.progress import PROGRESS, read
+from recsys_dist.train.progress import PROGRESS, Place, read
 from recsys_dist.train.settings import TrainConfig
 from recsys_dist.train.worker import FAILURE, RESERVE, train_worker
 
+log = logging.getLogger(__name__)
 OnReport = Callable[[dict[str, Any]], None]
 _POLL_S = 0.3
 _RESERVE_BYTES = 8192
@@ -43,6 +50,7 @@ class FitResult:
 
     seconds     of training, over all epochs of both phases, without validation
     rows_per_s  trained rows a second, over all workers
+    peak_bytes  the most that was resident of each worker of the last start; empty for runs of older versions
     """
 
     run: Path
@@ -51,18 +59,21 @@ class FitResult:
     history: list[dict[str, Any]]
     seconds: float
     rows_per_s: float
+    peak_bytes: Sequence[int] = ()
 
 
 def fit(cfg: TrainConfig, out: str | Path, on_report: OnReport | None = None) -> FitResult:
     """Train, in a directory below `out` that is named after the configuration and the data.
 
-    A run that was interrupted goes on; one that is finished returns at once. `on_report` is called in a
+    A run that was interrupted goes on; one that is finished returns at once, unless its checkpoint is damaged
+    since: the phase that made it is then trained anew. `on_report` is called in a
     thread of this process with each line of progress (see `train.progress`), those of former starts too.
     Raises ConfigError before anything starts, TrainError or another RecsysError when training cannot go on.
     """
     prepared = Prepared.open(cfg.data)
     cfg.check(prepared)
     run = run_directory(cfg, prepared, out)
+    _forget_what_is_damaged(run)
     with _reports(run / PROGRESS, on_report):
         if not (run / RESULT).exists():
             refuse_what_does_not_fit(cfg, planned(cfg, prepared))
@@ -73,8 +84,35 @@ def fit(cfg: TrainConfig, out: str | Path, on_report: OnReport | None = None) ->
             (run / FAILURE).unlink(missing_ok=True)
             _train(cfg, run)
             (run / RESERVE).unlink(missing_ok=True)
+    return _result(run)
+
+
+def finished(cfg: TrainConfig, prepared: Prepared, out: str | Path) -> FitResult | None:
+    """What `fit` would return at once; None where it would have to train."""
+    run = run_directory(cfg, prepared, out)
+    return _result(run) if (run / RESULT).exists() else None
+
+
+def _result(run: Path) -> FitResult:
     found = json.loads((run / RESULT).read_text())
     return FitResult(run=run, **{**found, "checkpoint": run / found["checkpoint"]})
+
+
+def _forget_what_is_damaged(run: Path) -> None:
+    """A finished run whose checkpoint is there, and not whole, is not finished.
+
+    Older checkpoints of its phase, from which to go on, are gone.
+    """
+    if not (run / RESULT).exists():
+        return
+    checkpoint = run / json.loads((run / RESULT).read_text())["checkpoint"]
+    if checkpoint.exists():  # a sweep deletes those that it does not want
+        try:
+            verify(checkpoint)
+        except CheckpointError as error:
+            log.warning("%r is trained anew: %s", checkpoint.parent.name, error)
+            (run / RESULT).unlink()
+            shutil.rmtree(checkpoint.parent)
 
 
 def planned(cfg: TrainConfig, prepared: Prepared) -> list[Plan]:
@@ -99,10 +137,22 @@ def run_directory(cfg: TrainConfig, prepared: Prepared, out: str | Path) -> Path
 
 
 class _Trainer(TorchTrainer):
-    """Leaves Ctrl-C to Python: Ray's handler ends the process without a word, and outlives `fit`."""
+    """Leaves Ctrl-C to Python: Ray's handler ends the process without a word, and outlives `fit`.
+
+    And starts no processes that do nothing here, of 2 to 3 s of CPU time each: one, at every start of the
+    workers, hands out data sets, and they read theirs themselves; the other frees what a controller that died
+    has held, and on a cluster that was started here its driver ends with it.
+    """
 
     def _register_sigint_handler(self, controller: Any) -> None:
         pass
+
+    def _create_default_callbacks(self) -> list[Any]:
+        idle: list[type] = [DatasetsCallback]
+        if not os.environ.get("RAY_ADDRESS"):
+            idle.append(PlacementGroupCleanerCallback)
+        every = super()._create_default_callbacks()  # type: ignore[misc]
+        return [one for one in every if not isinstance(one, tuple(idle))]
 
 
 def _train(cfg: TrainConfig, run: Path) -> None:
@@ -110,6 +160,11 @@ def _train(cfg: TrainConfig, run: Path) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # notices a lost worker sooner
     if not os.environ.get("RAY_ADDRESS"):  # it is a process more to start, and tells of machines taken away
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # a group's processes are ended after it, so Ray need not wait 30 s for one of them that hangs to leave it
+    os.environ.setdefault(END_TIMEOUT, "3")
+    ENV_VARS_TO_PROPAGATE.add(END_TIMEOUT)
+    # Ray's view of the nodes is up to 20 s old: after it has lost one, an elastic run may wait for it so long
+    os.environ[ROOM_TIMEOUT] = "25" if cfg.fewest_workers < cfg.most_workers else "60"
     # a worker that hangs alone: with others, their collectives end
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(cfg.timeout_s)
     scratch = run / "ray"  # Ray Train's own files, of no use afterwards: we resume from our checkpoints
@@ -187,12 +242,12 @@ def _reports(file: Path, on_report: OnReport | None) -> Iterator[None]:
 
 
 def _follow(file: Path, on_report: OnReport | None, done: threading.Event) -> None:
-    offset, last = 0, False
+    place, last = Place(), False
     with tqdm(bar_format=BAR, unit_scale=True, leave=False, disable=not sys.stderr.isatty()) as bar:
         while not last:
             last = done.wait(_POLL_S)  # one more look after the end
-            for line, after in read(file, offset):
-                offset = after
+            for line, after in read(file, place):
+                place = after
                 if on_report is not None:
                     on_report(line)
                 if line["kind"] == "notice":

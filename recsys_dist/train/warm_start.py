@@ -24,12 +24,14 @@ from recsys_dist.models.protocol import model_module, model_schema
 from recsys_dist.models.ranking import WIDE, Fields
 from recsys_dist.schema import Cross, IdFeature, Schema
 from recsys_dist.train import checkpoint as checkpoints
+from recsys_dist.train.checkpoint import Chain
 from recsys_dist.train.loop import Loss
 from recsys_dist.train.pieces import local
 from recsys_dist.train.pretrained import checkpoint_of
 from recsys_dist.train.sharding import ShardedModel, tables_of
 
 _NEW = -1  # of a row that the former table has not
+_MOST = 0.9
 Stretches = list[tuple[str, int, int]]  # (feature, its first row, its rows) of a table
 
 
@@ -65,6 +67,16 @@ class Former:
         schema = model_schema(cfg, manifest.data_schema, manifest.label)
         loss = Loss(module.Model(cfg, schema, checkpoints.saved_catalogue(path)))
         return cls(path, schema, prepared, stretches(loss, schema, tables_of(loss)))
+
+
+def goes_on_from(run: str, phase: str = "refit") -> tuple[int, Chain]:
+    """The step that a phase of `run` ended with, and the chain of runs that goes on there.
+
+    ConfigError where `run` is no finished run.
+    """
+    manifest = checkpoints.read_manifest(checkpoint_of(run, phase, "warm_start"))
+    before = manifest.chain or Chain(first=Path(run).name, epochs=0)
+    return manifest.step, Chain(first=before.first, epochs=before.epochs + manifest.epoch)
 
 
 def start(sharded: ShardedModel, schema: Schema, prepared: Prepared, run: str, phase: str) -> list[str]:
@@ -159,11 +171,19 @@ def _rows_of_feature(
         if of != there[0][feature]:
             return anew
         parts = [(_size(here[0], name), _size(there[0], name), name) for name in of.of]
-        same = [
-            np.array_equal(_rows_of_feature(name, r, f, here, there), np.arange(r)) for r, f, name in parts
-        ]
-        return identity if all(same) else anew
+        alike = [_numbered_alike(_rows_of_feature(name, r, f, here, there)) for r, f, name in parts]
+        return identity if all(alike) else anew
     return identity
+
+
+def _numbered_alike(former_R: np.ndarray) -> bool:
+    """Whether the values that were there have the rows that they had, but for a few, as `former` data have.
+
+    Crosses of those few, and of new values, start from whatever shares their bucket.
+    """
+    former_rows, rows = former_R[1:], np.arange(1, len(former_R))
+    known = former_rows != _NEW
+    return bool(known.any()) and float(np.mean(former_rows[known] == rows[known])) >= _MOST
 
 
 def _size(schema: Schema, name: str) -> int:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from recsys_dist import cpu
 from recsys_dist.data.output import write_text
 from recsys_dist.errors import CheckpointError, NonFiniteLossError, RecsysError, SupersededError, TrainError
+from recsys_dist.train.checkpoint import of_epoch
 from recsys_dist.train.fence import Fence
 from recsys_dist.train.phase import Common, Phase, best_epoch, finish
 from recsys_dist.train.pretrained import RESULT
@@ -76,8 +77,9 @@ def all_phases(common: Common) -> None:
         refit = finish(common, phase, chosen.manifest.rollbacks)
         final, trained = refit.path, [*history, *refit.manifest.history]
     else:
-        final = next((path / "choose").glob(f"epoch-{epoch:04d}-*"))
+        final = of_epoch(path / "choose", epoch)
     common.only_if(common.fence.holds)
+    peaks = common.workers.gather(cpu.peak_bytes())
     if common.workers.rank == 0:
         seconds = sum(entry["seconds"] for entry in trained)
         result = {
@@ -86,6 +88,7 @@ def all_phases(common: Common) -> None:
             "history": history,
             "seconds": seconds,
             "rows_per_s": sum(entry["trained_rows"] for entry in trained) / seconds,
+            "peak_bytes": peaks,
         }
         write_text(json.dumps(result), path / RESULT)
     common.workers.gather(None)

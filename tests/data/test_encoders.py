@@ -1,21 +1,24 @@
 """What is fitted: statistics by day against a loop, and encoded entities."""
 
+import datetime as dt
 from collections import Counter
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from recsys_dist.data.counts import Counts
-from recsys_dist.data.encoders import Statistics, _running, collisions
+from recsys_dist.data.encoders import Encoders, Statistics, _running, collisions, fit
 from recsys_dist.data.transforms import hash_rows
-from recsys_dist.data.vocab import Vocabulary
+from recsys_dist.data.vocab import Admission, Vocabulary
 from recsys_dist.errors import DataError
 from recsys_dist.schema import Categorical
-from tests.data.small_log import SCHEMA, events
-from tests.data.test_examples import SPLIT, world_of
+from tests.data.small_log import SCHEMA, events, items
+from tests.data.test_counts import late_history
+from tests.data.test_examples import FREEZE, SPLIT, world_of
 
 KEYS = Vocabulary(pa.array(["a", "b", "c"]), np.ones(3, np.int64))
 DAY_COUNTS = st.lists(
@@ -72,6 +75,84 @@ def test_values_that_share_a_row_are_counted() -> None:
     found = collisions(schema, Counts.of(log, schema, SPLIT), world.users, world.items)
     assert 0 < expected < 1 and found["hashed_item"] == pytest.approx(expected)
     assert found.keys() == {"device", "hashed_item"}
+
+
+def limited(log: pa.Table, **limits: int) -> tuple[Encoders, dict[str, Admission]]:
+    """The small schema with these limits on every vocabulary, fitted; every third row is history."""
+    features = [
+        f.model_copy(update=limits) if isinstance(f, Categorical) and not f.hash_buckets else f
+        for f in SCHEMA.features
+    ]
+    schema = SCHEMA.model_copy(update={"features": tuple(features)})
+    counts, world = Counts.of(log, schema, SPLIT), world_of(log)
+    return fit(schema, counts, world.users, world.items, FREEZE)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"min_count": 1},
+        {"min_count": 20},
+        {"max_age_days": 1},
+        {"min_count": 2, "max_age_days": 2, "max_rows": 4},
+        {"max_rows": 2},
+    ],
+    ids=str,
+)
+def test_limits_keep_the_values_that_a_loop_would_keep(limits: dict[str, int]) -> None:
+    log = late_history(events())
+    rows = [row for row in log.to_pylist() if row["date"] < SPLIT.valid_from]
+    genres = dict(zip(*items().select(["item_id", "genre"]).to_pydict().values(), strict=True))
+    found, admissions = limited(log, **limits)
+    for feature, value_of in (
+        ("user", lambda row: row["user_id"]),
+        ("item", lambda row: row["item_id"]),
+        ("genre", lambda row: genres.get(row["item_id"])),
+    ):
+        counted = Counter(value_of(row) for row in rows if value_of(row) is not None)
+        newest: dict[str, dt.date] = {}
+        for row in rows:
+            day = (row["timestamp"] + dt.timedelta(hours=8)).date()
+            newest[value_of(row)] = max(day, newest.get(value_of(row), day))
+        since = max(newest.values()) - dt.timedelta(days=limits.get("max_age_days", 99))
+        frequent = [value for value, count in counted.items() if count >= limits.get("min_count", 1)]
+        recent = [value for value in frequent if newest[value] > since]
+        best = sorted(recent, key=lambda value: (-counted[value], value))[: limits.get("max_rows", 99) - 1]
+        assert found.vocabularies[feature].values.to_pylist() == best
+        assert admissions[feature] == Admission(
+            values=len(counted),
+            rare=len(counted) - len(frequent),
+            old=len(frequent) - len(recent),
+            beyond=len(recent) - len(best),
+            unknown=1 - sum(counted[value] for value in best) / len(rows),
+        )
+        assert found.schema[feature].rows == len(best) + 1
+
+
+def test_what_is_evicted_does_not_depend_on_held_out_days() -> None:
+    """Days of validation and test, and history rows of those days, may say what they like."""
+    log = late_history(events())
+    later = pc.greater_equal(log["date"], pa.scalar(SPLIT.valid_from))
+    others = pc.if_else(later, "i1", log["item_id"])
+    changed = log.set_column(log.column_names.index("item_id"), "item_id", others)
+    limits = {"min_count": 2, "max_age_days": 2, "max_rows": 5}
+    (one, told), (other, told_then) = limited(log, **limits), limited(changed, **limits)
+    assert told == told_then
+    for name, vocabulary in one.vocabularies.items():
+        assert vocabulary.values.equals(other.vocabularies[name].values)
+
+
+def test_rows_are_kept_over_growth_and_eviction() -> None:
+    before, _ = limited(late_history(events()), max_rows=6)
+    log, world = events(rows=900, seed=5), world_of(events(rows=900, seed=5))
+    after, _ = fit(SCHEMA, Counts.of(log, SCHEMA, SPLIT), world.users, world.items, FREEZE, former=before)
+    anew = world.encoders.vocabularies
+    for name, vocabulary in after.vocabularies.items():
+        former = before.vocabularies[name]
+        kept = [v for v in former.values.to_pylist() if v in vocabulary.values.to_pylist()]
+        assert kept and vocabulary.lookup(pa.array(kept)).tolist() == former.lookup(pa.array(kept)).tolist()
+        assert set(vocabulary.values.to_pylist()) == set(anew[name].values.to_pylist())
+        assert after.schema[name].rows == vocabulary.rows
 
 
 def test_an_attribute_that_no_table_has_is_named() -> None:

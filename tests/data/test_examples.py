@@ -28,7 +28,7 @@ def world_of(log: pa.Table, schema: Schema = SCHEMA) -> World:
     seen_users = counts.by_column["user_id"]["value"].unique()
     known_users = Entities.of(users(), "user_id", seen_users)
     known_items = Entities.of(items(), "item_id", counts.by_column["item_id"]["value"].unique())
-    encoders = fitting.fit(schema, counts, known_users, known_items, FREEZE)
+    encoders, _ = fitting.fit(schema, counts, known_users, known_items, FREEZE)
     return World(encoders, known_users, known_items)
 
 

@@ -167,7 +167,7 @@ WORDS = st.sampled_from(
 CELL = st.one_of(st.none(), WORDS, st.text(max_size=3), st.integers().map(str), st.floats().map(repr))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys([*GOOD, "history", "date"], CELL)), min_size=1)
 )

@@ -265,10 +265,18 @@ def test_what_was_killed_continues_to_the_same_result(
         assert (tmp_path / "events.json").stat().st_mtime_ns == events, "read the logs again"
 
 
-def test_other_days_reuse_the_events(source: Config, prepared: Prepared, tmp_path: Path) -> None:
+def test_other_days_reuse_the_events_and_keep_the_rows(
+    source: Config, prepared: Prepared, tmp_path: Path
+) -> None:
     shutil.copytree(prepared.path, tmp_path, dirs_exist_ok=True)
     made = (tmp_path / "events.json").stat().st_mtime_ns
-    other = prepare(config(source, test_from=dt.date(2024, 3, 7), shard_rows=1_000), tmp_path)
+    limited = small_log.SCHEMA.features[1].model_copy(update={"max_age_days": 2, "max_rows": 9})
+    features = (small_log.SCHEMA.features[0], limited, *small_log.SCHEMA.features[2:])
+    schema = small_log.SCHEMA.model_copy(update={"features": features})
+    days = {"test_from": dt.date(2024, 3, 7), "shard_rows": 1_000}
+    with pytest.raises(ConfigError, match="is where the new data go"):
+        prepare(config(source, **days, former=str(tmp_path)), tmp_path)
+    other = prepare(config(source, **days, features=schema, former=str(prepared.path)), tmp_path)
     assert (tmp_path / "events.json").stat().st_mtime_ns == made
     assert {row["timestamp"].date() for row in rows_of(other, "ranking/valid")} <= {
         dt.date(2024, 3, 5),
@@ -277,6 +285,15 @@ def test_other_days_reuse_the_events(source: Config, prepared: Prepared, tmp_pat
     listed = {str(tmp_path / file) for shards in other.manifest.splits.values() for file in shards.files}
     on_disk = {str(f) for f in tmp_path.rglob("part-*.parquet") if f.parent.parent.name == "users"}
     assert on_disk <= listed, "shards of the former days are left"
+    of_item = other.manifest.admissions["item"]
+    assert f"'item' has rows for 8 of {of_item.values} values: 0 too rare, {of_item.old} too old" in summary(
+        other
+    )
+    then, now = (p.encoders.vocabularies["item"].values.to_pylist() for p in (prepared, other))
+    assert other.items["item_id"].to_pylist() == now and len(now) == 8
+    assert [value for value in now if now.index(value) == then.index(value)], "rows are kept"
+    assert all(now.index(value) == then.index(value) for value in now if then.index(value) < len(now))
+    assert prepared.manifest.admissions["item"].kept == len(then)
 
 
 def test_a_directory_with_other_files_is_refused(source: Config, tmp_path: Path) -> None:

@@ -13,23 +13,23 @@ from recsys_dist.data.vocab import Vocabulary
 WORDS = st.lists(st.one_of(st.none(), st.sampled_from("abcdefg")), max_size=40)
 
 
-def fitted(values: list[str | None], min_count: int = 1) -> Vocabulary:
-    return Vocabulary.fit(pa.array(values, pa.string()), np.ones(len(values), np.int64), min_count)
+def fitted(values: list[str | None]) -> Vocabulary:
+    return Vocabulary.fit(pa.array(values, pa.string()), np.ones(len(values), np.int64))
 
 
-@given(WORDS, st.integers(1, 4))
-def test_values_are_kept_by_count_then_by_name(values: list[str | None], min_count: int) -> None:
+@given(WORDS)
+def test_values_are_listed_by_count_then_by_name(values: list[str | None]) -> None:
     counted = Counter(v for v in values if v is not None)
-    want = [v for v, n in sorted(counted.items(), key=lambda x: (-x[1], x[0])) if n >= min_count]
-    vocabulary = fitted(values, min_count)
+    want = [v for v, _ in sorted(counted.items(), key=lambda x: (-x[1], x[0]))]
+    vocabulary = fitted(values)
     assert vocabulary.values.to_pylist() == want
     assert vocabulary.counts.tolist() == [counted[v] for v in want]
     assert vocabulary.rows == len(want) + 1
 
 
 @given(WORDS, WORDS)
-def test_unseen_null_and_rare_values_are_row_0(values: list[str | None], asked: list[str | None]) -> None:
-    vocabulary = fitted(values, 2)
+def test_unseen_and_null_values_are_row_0(values: list[str | None], asked: list[str | None]) -> None:
+    vocabulary = fitted(values)
     known = vocabulary.values.to_pylist()
     rows = vocabulary.lookup(pa.array(asked, pa.string()))
     assert rows.dtype == np.int32
@@ -44,24 +44,23 @@ def test_numbers_and_chunks_are_looked_up_as_text() -> None:
 
 
 def test_repeated_values_add_their_counts_up() -> None:
-    vocabulary = Vocabulary.fit(pa.array(["a", "b", "a", "c"]), np.array([2, 4, 3, 0]), 1)
+    vocabulary = Vocabulary.fit(pa.array(["a", "b", "a", "c"]), np.array([2, 4, 3, 0]))
     assert vocabulary.values.to_pylist() == ["a", "b"]
     assert vocabulary.counts.tolist() == [5, 4]
 
 
-@given(WORDS, WORDS, st.integers(1, 3))
-def test_merging_moves_no_row_and_appends_what_is_new(
-    old: list[str | None], new: list[str | None], min_count: int
-) -> None:
-    before = fitted(old)
-    after = before.merge(pa.array(new, pa.string()), np.ones(len(new), np.int64), min_count)
-    assert after.values.to_pylist()[: len(before.values)] == before.values.to_pylist()
-    was, now = (Counter(v for v in values if v is not None) for values in (old, new))
-    fresh = {v: n for v, n in now.items() if v not in was and n >= min_count}
-    assert set(after.values.to_pylist()) == set(was) | set(fresh)
-    assert dict(zip(after.values.to_pylist(), after.counts.tolist(), strict=True)) == {
-        v: was[v] + now[v] for v in set(was) | set(fresh)
-    }
+@given(WORDS, WORDS)
+def test_values_keep_the_rows_of_a_former_vocabulary(old: list[str | None], new: list[str | None]) -> None:
+    before, anew = fitted(old), fitted(new)
+    after = anew.numbered_as(before)
+    assert sorted(zip(after.values.to_pylist(), after.counts.tolist(), strict=True)) == sorted(
+        zip(anew.values.to_pylist(), anew.counts.tolist(), strict=True)
+    )
+    was = {value: row for row, value in enumerate(before.values.to_pylist(), 1)}
+    now = {value: row for row, value in enumerate(after.values.to_pylist(), 1)}
+    assert all(now[value] == row for value, row in was.items() if value in now and row < after.rows)
+    others = [value for value in anew.values.to_pylist() if now[value] != was.get(value)]
+    assert sorted(others, key=lambda value: now[value]) == others, "the most frequent first"
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:

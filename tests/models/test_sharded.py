@@ -69,6 +69,8 @@ CASES = [
     loss_of("youtubednn", negatives=32),
     loss_of("youtubednn", loss="bpr", negatives=32),
     loss_of("youtubednn", loss="gbce", negatives=32),
+    loss_of("youtubednn", shared=True, hidden=None, features=("watched",), negatives=32),
+    loss_of("youtubednn", shared=True, negatives=32),
     loss_of("two_tower", negatives=32, negatives_alpha=0.5, mask_history=True),
     loss_of("two_tower", negatives=0),
     loss_of("sasrec", loss="softmax"),

@@ -36,7 +36,12 @@ def test_reads_users_and_named_context_never_the_target() -> None:
     assert torch.equal(*scores)
 
 
-@pytest.mark.parametrize("cfg", [Config(), Config(normalise=False, temperature=1, item_bias=True)])
+MEAN = Config(shared=True, hidden=None, features=("watched",), normalise=False, temperature=1)
+
+
+@pytest.mark.parametrize(
+    "cfg", [Config(), Config(normalise=False, temperature=1, item_bias=True), Config(shared=True), MEAN]
+)
 def test_loss_is_the_sampled_softmax_of_vectors_and_counts(cfg: Config) -> None:
     model, _ = build(cfg)
     batch = random_batch(Model.inputs(small_schema(), cfg), 7, rng_for(1, "rows"))
@@ -55,6 +60,16 @@ def test_bias_adds_the_mean_of_an_item_vectors_last_entries() -> None:
     model, _ = build(Config(normalise=False, item_bias=True))
     users = model(random_batch(Model.inputs(small_schema(), Config()), 5, rng_for(2, "rows")))
     assert users[:, 64:].tolist() == [[0.25] * 4] * 5
+
+
+def test_with_one_table_and_no_tower_a_user_is_the_mean_of_her_items() -> None:
+    model, _ = build(MEAN)
+    items = model.item_vectors()
+    batch = random_batch(Model.inputs(small_schema(), MEAN), 9, rng_for(6, "rows"))
+    for user, watched in zip(model(batch), batch.sparse["watched"].to_dense(), strict=True):
+        expected = items[watched.long()].mean(dim=0) if len(watched) else torch.zeros(64)
+        assert torch.allclose(user, expected, atol=1e-6)
+    assert [len(weights) for weights in model.table_groups().values()] == [1]
 
 
 def test_an_unknown_positive_teaches_nothing() -> None:
@@ -78,6 +93,12 @@ def test_what_it_cannot_do_is_refused() -> None:
         Model.inputs(schema, Config(features=("user",)))
     with pytest.raises(ConfigError, match="did you mean 'watched'"):
         Model.inputs(schema, Config(features=("watchd",)))
+    with pytest.raises(ConfigError, match="mean of one sequence of items"):
+        Model.inputs(schema, Config(hidden=None))
+    with pytest.raises(ConfigError, match="sequence of item ids"):
+        Model.inputs(schema, Config(shared=True, features=("watched_authors",)))
+    with pytest.raises(ConfigError, match="one value"):
+        Config.parse({"shared": True, "output_dim": 32})
     with pytest.raises(ConfigError, match="item_bias has no meaning"):
         Config.parse({"item_bias": True})
 

@@ -71,6 +71,21 @@ def test_the_served_score_is_the_evaluated_one(pair: Pair, bundle: Bundle, logge
     assert np.abs(np.array(found) - expected).max() < 1e-5
 
 
+def test_an_evicted_item_is_ranked_as_unknown_and_never_recalled(
+    pair: Pair, bundle: Bundle, logged: pa.Table
+) -> None:
+    evicted = set(pc.unique(stages.read_bucket(pair.prepared.path, 0)["item_id"]).to_pylist()) - set(
+        bundle.item_ids.to_pylist()
+    )
+    assert pair.prepared.manifest.admissions["item"].old and pair.prepared.manifest.admissions["item"].beyond
+    rows = logged.filter(pc.is_in(logged["item_id"], pa.array(sorted(evicted))))
+    assert len(rows) and set(rows["item"].to_pylist()) == {0}, "what it is worth: the tests above"
+    recommender = Recommender(replace(bundle, events=stages.read_bucket(pair.prepared.path, 0)))
+    request = RecallRequest(user_id="u1", include_seen=True)
+    [answer] = asyncio.run(recommender.recall([request], budget_ms=60_000))
+    assert {item.item_id for item in answer.items} == set(bundle.item_ids.to_pylist())
+
+
 def test_recall_finds_what_the_whole_catalogue_would_give(pair: Pair, bundle: Bundle) -> None:
     users = pa.concat_tables(pq.read_table(file) for file in pair.prepared.files("users/test"))
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """A prepared data set made by hand: shards that a model can learn from, a manifest, a catalogue."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -7,16 +8,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys_dist.config import rng_for
+from recsys_dist.data.encoders import Encoders
 from recsys_dist.data.prepared import MANIFEST, Manifest, ShardSet
+from recsys_dist.data.vocab import Vocabulary
 from tests.train import tiny
 
 SPLITS = {"train": [400, 170, 300], "valid": [150, 51]}
 
 
-def make(path: Path, bad_row: int | None = None) -> Path:
+def make(
+    path: Path,
+    bad_row: int | None = None,
+    sizes_of: Mapping[str, list[int]] = SPLITS,
+    table_rows: Mapping[str, int] = tiny.ROWS,
+) -> Path:
     """`bad_row`: of the second training shard, whose `age` is NaN."""
     splits = {}
-    for split, sizes in SPLITS.items():
+    for split, sizes in sizes_of.items():
         files = []
         for number, rows in enumerate(sizes):
             table = shard(split, number, rows, bad_row if (split, number) == ("train", 1) else None)
@@ -49,15 +57,24 @@ def make(path: Path, bad_row: int | None = None) -> Path:
     )
     manifest = Manifest(
         fingerprint=f"made by hand {bad_row}",
-        schema_digest=tiny.schema().digest(),
+        schema_digest=tiny.schema(table_rows).digest(),
         vocabulary_digest="v",
-        fitted_schema=tiny.schema(),
+        fitted_schema=tiny.schema(table_rows),
         config={},
         splits=splits,
         ledger={},
     )
+    known = {
+        name: Vocabulary(pa.array(values_of(name)), np.ones(rows - 1)) for name, rows in tiny.ROWS.items()
+    }
+    Encoders(tiny.schema(), known, {}, {}, {}, 0).save(path / "vocabulary")
     (path / MANIFEST).write_text(manifest.model_dump_json())
     return path
+
+
+def values_of(name: str) -> list[str]:
+    """Of the table `name`, in the order of its rows from 1 on."""
+    return [f"{name[0]}{row}" for row in range(1, tiny.ROWS[name])]
 
 
 def shard(split: str, number: int, rows: int, bad_row: int | None) -> pa.Table:

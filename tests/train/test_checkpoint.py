@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import recsys_dist.train.checkpoint as checkpoints
+import recsys_dist.train.saving as saving
 from recsys_dist.errors import CheckpointError, NonFiniteLossError
 from recsys_dist.models import protocol
 from recsys_dist.models.protocol import Catalogue
@@ -35,9 +36,9 @@ def manifest(epoch: int) -> Manifest:
     )
 
 
-def sharded_model(kind: dict, optimizer=ROWWISE):
+def sharded_model(kind: dict, optimizer=ROWWISE, seed: int = SEED + 1):
     loss = build()
-    return shard(loss, loss.model.table_groups(), optimizer, ShardingConfig.parse(kind), SEED + 1)
+    return shard(loss, loss.model.table_groups(), optimizer, ShardingConfig.parse(kind), seed)
 
 
 def one_epoch(rank: int, world: int, sharded) -> None:
@@ -51,23 +52,41 @@ def state(sharded) -> dict[str, np.ndarray]:
     return {**whole(sharded.weights()), **sums}
 
 
+def few_rows(rank: int, sharded, *key: int) -> None:
+    """A step of the first worker's on two rows, the same for the same key."""
+    mine = [tiny.batch_of(2, "few", *key)] if rank == 0 else []
+    train(Epoch(sharded.model, sharded.optimizers, idle_batch(tiny.schema(), 24), Workers()), mine)
+
+
 def train_and_save(rank: int, world: int, kind: dict, optimizer, root: str) -> dict[str, np.ndarray]:
-    sharded = sharded_model(kind, optimizer)
+    """A full checkpoint, one of what changed since, and on."""
+    sharded, background = sharded_model(kind, optimizer), saving.Background(Workers())
+    saving.watch(sharded, 1.0)
     one_epoch(rank, world, sharded)
-    checkpoints.save(Path(root), sharded, catalogue(), manifest(1), Workers())
-    after_one = state(sharded)
+    saving.save(Path(root), sharded, catalogue(), manifest(1), Workers())
+    few_rows(rank, sharded, 1)
+    background.save(Path(root), sharded, catalogue(), manifest(2))
+    background.wait()
+    after_two = state(sharded)
+    few_rows(rank, sharded, 2)
+    after_three = state(sharded)
     one_epoch(rank, world, sharded)
-    return {"one": after_one, "two": state(sharded)}
+    return {"two": after_two, "three": after_three, "four": state(sharded)}
 
 
 def load_and_train(rank: int, world: int, kind: dict, optimizer, root: str) -> dict[str, np.ndarray]:
-    sharded = sharded_model(kind, optimizer)
+    sharded, background = sharded_model(kind, optimizer, SEED + 2), saving.Background(Workers())
+    saving.watch(sharded, 1.0)
     found = latest_valid(Path(root))
-    assert found is not None
+    assert found is not None and found.manifest.base is not None
     checkpoints.load(found, sharded)
     restored = state(sharded)
+    few_rows(rank, sharded, 2)
+    background.save(Path(root), sharded, catalogue(), found.manifest.model_copy(update={"epoch": 3}))
+    background.wait()
+    after_three = state(sharded)
     one_epoch(rank, world, sharded)
-    return {"one": restored, "two": state(sharded)}
+    return {"two": restored, "three": after_three, "four": state(sharded)}
 
 
 def catalogue() -> Catalogue:
@@ -98,18 +117,28 @@ COLUMN_WISE = {"tables": {"user": "column_wise", "step": "column_wise"}}
     ],
 )
 def test_training_goes_on_at_another_worker_count_and_sharding(tmp_path, optimizer, first, then):
+    """From a checkpoint of a few changed rows, which are then some more, of the same full one."""
     uninterrupted = run_ranks(first[0], train_and_save, *first, optimizer, str(tmp_path))[0]
     for resumed in run_ranks(then[0], load_and_train, *then, optimizer, str(tmp_path)):
-        for name, value in uninterrupted["one"].items():
-            np.testing.assert_array_equal(resumed["one"][name], value, err_msg=name)
-        rtol = 1e-3 if optimizer.deep.precision else 1e-7  # which of two neighbours a sum is rounded to
         for name, value in uninterrupted["two"].items():
-            np.testing.assert_allclose(resumed["two"][name], value, rtol, atol=2e-5, err_msg=name)
+            np.testing.assert_array_equal(resumed["two"][name], value, err_msg=name)
+        rtol = 1e-3 if optimizer.deep.precision else 1e-7  # which of two neighbours a sum is rounded to
+        for name, value in uninterrupted["three"].items():
+            np.testing.assert_allclose(resumed["three"][name], value, rtol, atol=2e-5, err_msg=name)
+        for name, value in uninterrupted["four"].items():
+            np.testing.assert_allclose(resumed["four"][name], value, rtol, atol=2e-5, err_msg=name)
+    full, one, another = (next(tmp_path.glob(f"epoch-000{number}-*")) for number in (1, 2, 3))
+    assert verify(one).base == verify(another).base == checkpoints.Checkpoint(full, verify(full)).as_base()
+    expected = {k: torch.from_numpy(v) for k, v in resumed["three"].items() if not k.startswith("sums ")}
+    found = {f"weights.{name}": torch.full_like(value, torch.nan) for name, value in expected.items()}
+    checkpoints.read(another, found)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[f"weights.{name}"], value, rtol=0, atol=0, msg=name)
 
 
 def bytes_of_tables(_rank: int, root: str, optimizer) -> dict[str, int]:
     sharded = sharded_model({}, optimizer)
-    saved = checkpoints.save(Path(root), sharded, catalogue(), manifest(1), Workers())
+    saved = saving.save(Path(root), sharded, catalogue(), manifest(1), Workers())
     weights = sharded.weights()
     sizes = {name: tensor.nbytes for name in sharded.tables for tensor, _ in local(weights[name])}
     return {**sizes, "files": sum(file.stat().st_size for file in saved.path.glob("*.distcp"))}
@@ -134,7 +163,7 @@ def test_tables_of_fp16_take_half_of_the_bytes_and_are_read_as_floats(tmp_path, 
 def save_behind(rank: int, root: str) -> dict[str, dict[str, np.ndarray]]:
     """Trains on while it is being written; another one waits for that."""
     sharded, workers = sharded_model({"tables": {"user": "row_wise", "item": "data_parallel"}}), Workers()
-    background, kept = checkpoints.Background(workers), []
+    background, kept = saving.Background(workers), []
     one_epoch(rank, 2, sharded)
     background.save(Path(root), sharded, catalogue(), manifest(1), then=lambda saved: kept.append(saved.path))
     at_one = state(sharded)
@@ -167,8 +196,8 @@ def test_what_is_saved_behind_training_is_what_there_was_when_it_began(tmp_path)
 def save_two(rank: int, root: str) -> dict[str, np.ndarray]:
     sharded = sharded_model({})
     one_epoch(rank, 2, sharded)
-    checkpoints.save(Path(root), sharded, catalogue(), manifest(1), Workers())
-    checkpoints.save(Path(root), sharded, catalogue(), manifest(2), Workers())
+    saving.save(Path(root), sharded, catalogue(), manifest(1), Workers())
+    saving.save(Path(root), sharded, catalogue(), manifest(2), Workers())
     return whole(sharded.weights())
 
 
@@ -224,12 +253,12 @@ def test_a_torn_checkpoint_is_passed_over_by_name(root, damage, caplog):
 
 def save_without_room(rank: int, root: str, full_on: int, limit_bytes: int, said: str) -> None:
     sharded = sharded_model({})
-    checkpoints.save(Path(root), sharded, catalogue(), manifest(1), Workers())
+    saving.save(Path(root), sharded, catalogue(), manifest(1), Workers())
     if rank == full_on:  # as a full disk: no file of this process may grow beyond the limit
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
     long = manifest(2).model_copy(update={"history": [{"auc": 0.5}] * 4000})
     with pytest.raises(CheckpointError, match=f"{said}' cannot be written: File too large; make room"):
-        checkpoints.save(Path(root), sharded, catalogue(), long, Workers())
+        saving.save(Path(root), sharded, catalogue(), long, Workers())
 
 
 @pytest.mark.ranks
@@ -244,12 +273,12 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_last_one(tmp_path, full_on, 
 
 def save_what_diverged(rank: int, root: str) -> None:
     sharded = sharded_model({"kind": "row_wise"})
-    checkpoints.save(Path(root), sharded, catalogue(), manifest(1), Workers())
+    saving.save(Path(root), sharded, catalogue(), manifest(1), Workers())
     if rank == 1:
         [(rows, _)] = local(sharded.weights()["model.deep.embedding_bags.user.weight"])
         rows[0] = float("inf")
     with pytest.raises(NonFiniteLossError, match="after step 10 weights are not finite"):
-        checkpoints.save(Path(root), sharded, catalogue(), manifest(2), Workers())
+        saving.save(Path(root), sharded, catalogue(), manifest(2), Workers())
 
 
 @pytest.mark.ranks

@@ -31,11 +31,12 @@ def cluster():
 @pytest.mark.e2e
 def test_a_new_node_grows_the_run_and_a_lost_one_shrinks_it(cluster, tmp_path):
     """From the newest checkpoint each time: every row is trained once, in batches as large as before."""
-    model = {"name": "jobs.ledger_model:Model", "shards": prepared.SPLITS["train"], "pause_s": 0.5}
+    enough = tmp_path / "enough"
+    model = {"name": "tests.train.waiting:Model", "shards": prepared.SPLITS["train"], "until": str(enough)}
     cfg = TrainConfig.parse(
         {
             "data": str(prepared.make(tmp_path / "data")),
-            "model": model,
+            "model": {**model, "pause_s": 0.5},
             "optimizer": {"deep": {"lr": 0.5}},
             "batch_rows": 9,
             "epochs": 1,
@@ -54,6 +55,8 @@ def test_a_new_node_grows_the_run_and_a_lost_one_shrinks_it(cluster, tmp_path):
         until(lambda: newest_workers(run) == 2 or fitted.done())
         assert not fitted.done(), "the run never grew"
         cluster.remove_node(node, allow_graceful=False)
+        until(lambda: newest_workers(run) == 1 or fitted.done())
+        enough.touch()
         result = fitted.result()
     assert latest_valid(result.checkpoint.parent).manifest.workers == 1
     assert trained_once(result.checkpoint, 0.5) == {"once": 870, "lost": 0, "repeated": 0}

@@ -49,7 +49,8 @@ def test_bytes_counted_by_hand(data: Path) -> None:
     wide = [t for t in found.tables if t.rule.rule == "ftrl"]
     weights = 2 * dense + 2 * users * 8 + items * 8 + sum(t.rows * 4 for t in wide)
     states = 2 * 2 * dense + 2 * users + items + sum(t.rows * 2 for t in wide)
-    kept = 2 * dense + 2 * users * 8 + sum(t.rows * 4 for t in wide)  # no kernel steps these
+    # no kernel steps these: one gradient is kept, and the newest comes beside it
+    kept = 2 * dense + 2 * (2 * users * 8 + sum(t.rows * 4 for t in wide))
     assert {share: int(found.holds[share].sum()) for share in ("weights", "optimizer", "gradients")} == {
         "weights": 4 * weights,
         "optimizer": 4 * states,
@@ -57,11 +58,23 @@ def test_bytes_counted_by_hand(data: Path) -> None:
     }
     ids = np.diff(
         pq.read_table(Prepared.open(data).files("ranking/train")[0])["history"].combine_chunks().offsets
-    )
+    )[:32]  # a worker's part of a batch
     asked, vectors = 64 * (1 + ids.mean()) * 4, 64 * 2 * 8 * 4  # the item and the history, a vector each
     assert found.exchanged["item"] == int((asked + 2 * 2 * vectors) / 2)
     assert found.exchanged["user"] == 2 * users * 8 * 4
     assert found.exchanged["dense"] == 2 * dense * 4
+
+
+def test_half_precision_halves_vectors_and_gradients_alone(data: Path) -> None:
+    whole, half = (
+        plan(config(data, num_workers=2, sharding=sharding), Prepared.open(data), 2)
+        for sharding in ({}, {"exchange": "fp16"})
+    )
+    vectors = 2 * 64 * 8 * 4 // 2  # of the user table, there and back; half of them stay where they are
+    assert whole.exchanged["user"] - half.exchanged["user"] == vectors // 2
+    assert whole.exchanged["dense"] == half.exchanged["dense"]
+    assert describe(whole).endswith("dense; vectors and their gradients as fp32")
+    assert describe(half).endswith("dense; vectors and their gradients as fp16")
 
 
 def test_one_worker_sends_nothing(data: Path) -> None:

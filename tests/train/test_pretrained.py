@@ -6,15 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import ConfigError
 from recsys_dist.models.protocol import Catalogue
 from recsys_dist.models.youtubednn import Config, Model
-from recsys_dist.train import checkpoint as checkpoints
-from recsys_dist.train import pretrained, trainer
+from recsys_dist.train import pretrained, saving, trainer
 from recsys_dist.train.checkpoint import Manifest, load_for_inference
 from recsys_dist.train.loop import Loss, Workers
 from recsys_dist.train.optim import OptimizerConfig
@@ -64,7 +62,7 @@ def _save_run(_rank: int, path: str, seed: int, vocabulary: str) -> None:
             step=1,
             history=[{}],
         )
-        saved = checkpoints.save(Path(path) / phase, sharded, catalogue, manifest, Workers())
+        saved = saving.save(Path(path) / phase, sharded, catalogue, manifest, Workers())
     result = {"checkpoint": str(saved.path.relative_to(path)), "chosen_epoch": 1}
     (Path(path) / pretrained.RESULT).write_text(json.dumps(result))
 
@@ -149,14 +147,11 @@ def test_runs_without_fitting_vectors_are_refused(data, run, tmp_path):
         config(data, other).check(Prepared.open(data))
 
 
+@pytest.mark.usefixtures("cluster")
 @pytest.mark.ray
 @pytest.mark.e2e
 def test_each_phase_starts_from_the_same_phase_of_the_other_run(data, run, tmp_path):
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    try:
-        result = trainer.fit(config(data, run), tmp_path)
-    finally:
-        ray.shutdown()
+    result = trainer.fit(config(data, run), tmp_path)
     for phase in ("choose", "refit"):
         [checkpoint] = result.run.glob(f"{phase}/epoch-0001-*")
         [source] = run.glob(f"{phase}/epoch-0001-*")

@@ -8,11 +8,11 @@ from recsys_dist.train.loop import Epoch, Loss, Workers, idle_batch
 from recsys_dist.train.optim import OptimizerConfig
 from recsys_dist.train.sharding import (
     ShardingConfig,
-    _blocks,
     materialise,
     shard,
     train_unsharded,
 )
+from recsys_dist.train.starting import blocks
 from tests.train import tiny
 from tests.train.ranks import run_ranks
 from tests.train.truth import SEED, train, whole
@@ -113,9 +113,9 @@ def test_rowwise_adagrad_by_hand():
 def test_blocks_cover_a_table_alike_however_they_are_asked_for():
     rows = 65_536 + 100
     config = EmbeddingBagConfig(name="t", num_embeddings=rows, embedding_dim=4, init_fn=torch.nn.init.normal_)
-    [(first, head), (second, tail)] = _blocks(config, 1, "t", 0, rows)
+    [(first, head), (second, tail)] = blocks(config, 1, "t", 0, rows)
     assert (first, second, len(head), len(tail)) == (0, 65_536, 65_536, 100)
-    [(start, again)] = _blocks(config, 1, "t", 65_540, 65_545)
+    [(start, again)] = blocks(config, 1, "t", 65_540, 65_545)
     assert start == 65_536 and torch.equal(again, tail)
     assert not torch.equal(head[:100], tail)
 

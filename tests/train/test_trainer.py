@@ -25,11 +25,8 @@ from tests.train.runs import assert_calibrated, assert_same, config, weights
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.ray
 @pytest.mark.e2e
-def test_a_run_from_shards_to_a_checkpoint(data, tmp_path):
-    lines = []
-    on_ctrl_c = signal.getsignal(signal.SIGINT)
-    result = trainer.fit(config(data, refit=False), tmp_path, on_report=lines.append)
-    assert signal.getsignal(signal.SIGINT) is on_ctrl_c, "Ray's own handler ends a job without a word"
+def test_a_run_from_shards_to_a_checkpoint(data, uninterrupted):
+    result, lines = uninterrupted.fitted, uninterrupted.lines
     assert [entry["trained_rows"] for entry in result.history] == [sum(prepared.SPLITS["train"])] * 2
     assert result.history[-1]["auc"] > 0.6
     assert [line["epoch"] for line in lines if line["kind"] == "epoch"] == [1, 2]
@@ -65,7 +62,7 @@ def test_a_run_from_shards_to_a_checkpoint(data, tmp_path):
         assert best[name] == pytest.approx(found[name], rel=1e-5), name
 
     began = time.perf_counter()
-    assert trainer.fit(config(data, refit=False), tmp_path).checkpoint == result.checkpoint
+    assert trainer.fit(config(data, refit=False), result.run.parent).checkpoint == result.checkpoint
     assert time.perf_counter() - began < 2, "a finished run returns at once"
 
 
@@ -99,7 +96,8 @@ def test_occurrences_are_counted_for_training_alone(data, tmp_path):
 @pytest.mark.e2e
 def test_rates_fall_after_an_epoch_that_was_no_better_and_when_it_is_repeated(data, tmp_path):
     """At nearly nothing the weights stand still: the epochs after the first worse one change little."""
-    cfg = config(data, epochs=6, patience=5, optimizer={"dense": {"lr": 0.1}, "deep": {"lr": 0.9}})
+    optimizer = {"dense": {"lr": 0.1}, "deep": {"lr": 0.9}}
+    cfg = config(data, epochs=6, patience=5, refit=False, optimizer=optimizer, num_workers=1)
     found = trainer.fit(cfg.override(["optimizer.plateau=1e-9"]), tmp_path)
     aucs = [entry["auc"] for entry in found.history]
     worse = next(n for n in range(1, 6) if aucs[n] <= max(aucs[:n]))
@@ -110,10 +108,10 @@ def test_rates_fall_after_an_epoch_that_was_no_better_and_when_it_is_repeated(da
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.ray
 @pytest.mark.e2e
-def test_a_profiled_run_is_the_same_run_with_a_trace(data, tmp_path):
-    cfg = config(data, epochs=1, refit=False)
-    plain = trainer.fit(cfg, tmp_path / "a")
-    profiled = trainer.fit(cfg.override(["profile=true"]), tmp_path / "b")
+def test_a_profiled_run_is_the_same_run_with_a_trace(data, uninterrupted, tmp_path):
+    plain, on_ctrl_c = uninterrupted.fitted, signal.getsignal(signal.SIGINT)
+    profiled = trainer.fit(config(data, refit=False, profile=True), tmp_path)
+    assert signal.getsignal(signal.SIGINT) is on_ctrl_c, "Ray's own handler ends a job without a word"
     assert profiled.run.name == plain.run.name
     assert_same(plain.checkpoint, profiled.checkpoint)
     assert not (plain.run / TRACE).exists()
@@ -174,6 +172,8 @@ def test_a_run_is_known_by_what_it_learns_not_by_where(data):
     digest = config(data).run_digest("d")
     assert config(data, num_workers=1, threads_per_worker=2, max_failures=0).run_digest("d") == digest
     assert config(data, profile=True).run_digest("d") == digest
+    assert config(data, sharding={"kind": "row_wise"}).run_digest("d") == digest
+    assert config(data, sharding={"exchange": "fp16"}).run_digest("d") != digest
     assert config(data, seed=1).run_digest("d") != digest
     assert config(data).run_digest("other data") != digest
 

@@ -18,7 +18,7 @@ from recsys_dist.models.protocol import Catalogue
 from recsys_dist.models.wide_deep import Config, Model
 from recsys_dist.schema import Schema
 from recsys_dist.train import checkpoint as checkpoints
-from recsys_dist.train import warm_start
+from recsys_dist.train import saving, warm_start
 from recsys_dist.train.loop import Loss, Workers
 from recsys_dist.train.pieces import local
 from recsys_dist.train.pretrained import RESULT
@@ -90,7 +90,7 @@ def make_run(_rank: int, path: str, data: str, optimizer) -> dict[str, np.ndarra
         step=1,
         history=[{}],
     )
-    saved = checkpoints.save(root / "choose", sharded, catalogue, manifest, Workers())
+    saved = saving.save(root / "choose", sharded, catalogue, manifest, Workers())
     (root / RESULT).write_text(
         json.dumps({"checkpoint": str(saved.path.relative_to(root)), "chosen_epoch": 1})
     )
@@ -180,7 +180,7 @@ def test_what_cannot_be_started_from_is_refused(tmp_path):
         cfg.check(then)
 
 
-def test_crosses_are_taken_where_their_parts_are_numbered_alike(tmp_path):
+def test_crosses_are_taken_where_values_of_their_parts_keep_their_rows(tmp_path):
     def with_cross(values: dict[str, list[str]], name: str) -> tuple[Schema, Prepared]:
         cross = {"kind": "cross", "name": "user_x_item", "of": ["user", "item"], "hash_buckets": 6}
         data = make_data(tmp_path / name, values, name)
@@ -192,5 +192,8 @@ def test_crosses_are_taken_where_their_parts_are_numbered_alike(tmp_path):
     stretch = [("user_x_item", 0, 7)]
     alike = warm_start.row_map(stretch, stretch, with_cross(THEN, "a"), with_cross(THEN, "b"))
     np.testing.assert_array_equal(alike, np.arange(7))
+    more = {"user": [*THEN["user"], "dan"], "item": ["x", *THEN["item"][1:4]]}  # rows kept: one new, one gone
+    grown = warm_start.row_map(stretch, stretch, with_cross(more, "e"), with_cross(THEN, "f"))
+    np.testing.assert_array_equal(grown, np.arange(7))
     other = warm_start.row_map(stretch, stretch, with_cross(NOW, "c"), with_cross(THEN, "d"))
     np.testing.assert_array_equal(other, np.full(7, -1))

@@ -23,7 +23,7 @@ KEYS = ["user", "item", "history"]
 ROWS = {"user": 50, "item": 40}
 
 
-def schema() -> Schema:
+def schema(rows: Mapping[str, int] = ROWS) -> Schema:
     """Two single ids, a history sharing the item table, two floats, one label; already fitted."""
     return Schema.parse(
         {
@@ -38,7 +38,7 @@ def schema() -> Schema:
             "ranking_label": "click",
             "recall_positive": ["click"],
         }
-    ).fitted(ROWS)
+    ).fitted(rows)
 
 
 class Config(ModelConfig):

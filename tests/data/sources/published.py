@@ -126,7 +126,8 @@ def make(source: Source) -> Made:
         for table, key in ((source.users(), "user_id"), (source.items(), "item_id"))
     )
     freeze = (split.test_from - date(1970, 1, 1)).days
-    world = World(fitting.fit(schema, counts, users, items, freeze), users, items)
+    encoders, _ = fitting.fit(schema, counts, users, items, freeze)
+    world = World(encoders, users, items)
     ids = [None, *world.encoders.vocabularies[schema.item_id.name].values.to_pylist()]
     listed = [f.name for f in schema.sequences if f.of == schema.item_id.name] + ["truth", "seen"]
 

@@ -69,13 +69,22 @@ class Plan:
         held = int(np.sum(list(self.holds.values())))
         if held <= machine_bytes:
             return
+        most = max(self.holds, key=lambda share: int(self.holds[share].sum()))
         table = max(self.tables, key=lambda t: t.rows * t.dim)
         rows = int(table.rows * machine_bytes / held)
+        ways = {
+            "process": "take fewer workers",
+            "activations": "lower batch_rows, or the model's widths",
+            "batches": "lower batch_rows",
+        }
+        way = ways.get(
+            most,
+            f"the largest table {table.name!r} has {table.rows:,} rows of {table.dim}: prepare with a "
+            f"vocabulary, or hash its feature into, under {rows:,} rows, lower model.embedding_dim",
+        )
         raise ConfigError(
-            f"training would hold {_gib(held)} in {self.workers} worker(s), and this machine has "
-            f"{_gib(machine_bytes)}; the largest table {table.name!r} has {table.rows:,} rows of "
-            f"{table.dim}: prepare with a vocabulary, or hash its feature into, under {rows:,} rows, lower "
-            "model.embedding_dim, or train on a cluster with more memory"
+            f"training would hold {_gib(held)} in {self.workers} worker(s), most of it {most}, and this "
+            f"machine has {_gib(machine_bytes)}; {way}, or train on a cluster with more memory"
         )
 
 

@@ -139,8 +139,8 @@ def test_the_bar_tells_the_rate_of_training_also_after_a_resume():
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.ray
 def test_more_workers_than_cpus(data, tmp_path):
-    with pytest.raises(ConfigError, match=r"need 64 CPUs and the cluster has 2; take fewer workers"):
-        trainer.fit(config(data, num_workers=64), tmp_path)
+    with pytest.raises(ConfigError, match=r"need 8 CPUs and the cluster has 2; take fewer workers"):
+        trainer.fit(config(data, num_workers=8), tmp_path)
 
 
 def test_settings_that_do_not_go_together_are_refused_before_anything_starts(data, tmp_path):

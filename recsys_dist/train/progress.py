@@ -80,6 +80,7 @@ class Progress:
     ) -> Callable[[Totals], None]:
         """A listener for `Epoch.on_step` that tells the mean loss since its last point, about 50 times.
 
+        The first point is of the first step: one sees at once that it trains.
         With it goes what the newest sampled step measured, and how ids used the tables at all of them.
         `step` and `expected_rows` are of the whole epoch, which goes on from `so_far`.
         """
@@ -91,7 +92,8 @@ class Progress:
             nonlocal told
             if self._trace is not None:
                 self._trace.stepped()
-            if now.passed - told.passed < expected_rows / _POINTS and now.passed < expected_rows:
+            due = now.passed - told.passed >= expected_rows / _POINTS or now.passed >= expected_rows
+            if not due and told is not first:
                 return
             weight = now.weight - told.weight
             point = {

@@ -2,7 +2,8 @@
 
 import json
 
-from recsys_dist.train.progress import Place, read
+from recsys_dist.train.loop import Totals
+from recsys_dist.train.progress import PROGRESS, Place, Progress, read
 
 
 def test_each_line_is_read_once_when_it_is_whole_and_again_from_a_file_that_was_cut(tmp_path):
@@ -27,3 +28,15 @@ def test_each_line_is_read_once_when_it_is_whole_and_again_from_a_file_that_was_
     cut.write_text(text(1, 20) + text(30, 40))  # as a restarted run: it already has more bytes again
     cut.replace(file)
     assert follow() == [1, 20, 30, 40] and follow() == []
+
+
+def test_an_epoch_tells_of_its_first_step_at_once_and_then_fifty_times(tmp_path):
+    progress, totals = Progress(tmp_path, 0, lambda: True, profile=False), Totals()
+    on_step = progress.curve("choose", 1, 1, 0, 100_000, totals)
+    for _ in range(1000):
+        totals.steps, totals.rows = totals.steps + 1, totals.rows + 100
+        totals.weight, totals.loss_sum = totals.weight + 100, totals.loss_sum + 100 * 0.5
+        on_step(totals)
+    told = [line for line, _ in read(tmp_path / PROGRESS)]
+    assert [line["step"] for line in told] == [1, *range(21, 1000, 20), 1000]
+    assert {line["loss"] for line in told} == {0.5}

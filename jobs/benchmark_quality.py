@@ -17,6 +17,8 @@ adds a line to docs/tried/SUITE.jsonl, which the results list. What proved best 
 hand.
 
 Written: OUT/results/SUITE with a record per (model, seed) and plots; runs in OUT/models and OUT/mlflow.db.
+With --write docs/results.md, all records go into docs/results/SUITE.jsonl too: a section is made of those
+that are there and those made here, so that models can be run on several machines.
 """
 
 import argparse
@@ -29,7 +31,7 @@ from typing import Any
 from jobs import results_page, scores
 from jobs.command import reported
 from jobs.prepare import summary
-from jobs.suite_runs import Bench, read_lines
+from jobs.suite_runs import Bench, read_lines, write_lines
 from jobs.suites import SUITES, Row, Suite
 from recsys_dist import plots, tracking
 from recsys_dist.config import nearest
@@ -59,7 +61,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--try", action="append", dest="tries", metavar="SETTINGS", help="other settings, on validation"
     )
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
-    parser.add_argument("--write", metavar="FILE", help="replace the suite's section of this Markdown file")
+    parser.add_argument(
+        "--write",
+        metavar="FILE",
+        help="replace the suite's section of this Markdown file, keeping its other records",
+    )
     parser.add_argument("--data-root", default="../shared/data", help="raw data (default: %(default)s)")
     parser.add_argument("--out", default="runs/quality", help="directory for runs (default: %(default)s)")
     parser.add_argument("--tracking-uri", help="MLflow server; default: an SQLite file below --out")
@@ -106,7 +112,12 @@ def main(argv: list[str]) -> None:
         return
     for row, seed, _ in told(args, [""]):
         print(bench.score(row, seed, args.words), flush=True)
-    result = scores.summarise(args.name, args.suite, bench.records(), read_lines(tried))
+    records = bench.records()
+    if args.write:
+        measured = pictures_of(args.write) / f"{args.name}.jsonl"
+        records = bench.records(read_lines(measured))
+        write_lines(records, measured)
+    result = scores.summarise(args.name, args.suite, records, read_lines(tried))
     print("\n" + publish(result, bench.results, args))
 
 
@@ -118,6 +129,11 @@ def told(args: argparse.Namespace, tries: list[str]) -> Iterator[tuple[Row, int,
         yield row, seed, words
 
 
+def pictures_of(page: str) -> Path:
+    """Where a page's plots lie, and the records that they and its tables are made of."""
+    return Path(page).with_suffix("")
+
+
 def publish(result: dict[str, Any], folder: Path, args: argparse.Namespace) -> str:
     """Write the figures and plots where asked; returns the suite's section."""
     drawn = scores.figures(result) if result["rows"] else []
@@ -126,7 +142,7 @@ def publish(result: dict[str, Any], folder: Path, args: argparse.Namespace) -> s
         write_text(json.dumps(result, indent=1) + "\n", Path(args.json))
     if args.write:
         page = Path(args.write)
-        pictures = [plots.save(figure, page.parent / page.stem) for figure in drawn]
+        pictures = [plots.save(figure, pictures_of(args.write)) for figure in drawn]
         section = results_page.section(
             result, [file.relative_to(page.parent).as_posix() for file in pictures]
         )

@@ -7,6 +7,7 @@ import datetime as dt
 import json
 import os
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class Bench:
     def score(self, row: Row, seed: int, where: list[str]) -> str:
         """Train, refit if the suite does, and evaluate on test, unless that is done; says what came of it."""
         cfg = placed(self._config(row, seed), where)
-        record = self._record(row, seed, cfg)
+        record = self._record(row, seed)
         if record is None:
             outcome = tracked.run(cfg, self.out, self.tracking, self.suite.evaluation)
             assert outcome.evaluation is not None
@@ -69,17 +70,24 @@ class Bench:
                 "settings": own_settings(cfg),
                 "run": run,
             }
-            write_text("".join(json.dumps(one) + "\n" for one in [*lines, line]), file)
+            write_lines([*lines, line], file)
         return f"   validation {line['metric']} {line['value']:.4f}; {_learned(line)}"
 
-    def records(self) -> list[dict[str, Any]]:
-        """Those of finished runs with the settings that the suite has now, in the order of its rows."""
-        found = []
-        for row in self.suite.rows:
-            for file in self._file(row, 0).parent.glob("seed-*.json"):
-                seed = int(file.stem.removeprefix("seed-"))
-                found.append(self._record(row, seed, self._config(row, seed)))
-        return [record for record in found if record is not None]
+    def records(self, published: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+        """Those of finished runs with the settings that the suite has now, in the order of its rows.
+
+        A run that was not made here counts where `published` has its record.
+        """
+        files = [file for row in self.suite.rows for file in self._file(row, 0).parent.glob("seed-*.json")]
+        every = [*published, *(json.loads(file.read_text()) for file in files)]
+        latest = {(record["row"], record["seed"]): record for record in every if self._counts(record)}
+        order = [row.name for row in self.suite.rows]
+        return [latest[at] for at in sorted(latest, key=lambda at: (order.index(at[0]), at[1]))]
+
+    def _counts(self, record: dict[str, Any]) -> bool:
+        """Whether settings and data are what they were."""
+        row = next((row for row in self.suite.rows if row.name == record["row"]), None)
+        return row is not None and record["key"] == self._key(self._config(row, record["seed"]))
 
     def _scored(
         self, row: Row, cfg: TrainConfig, fitted: FitResult, evaluation: dict[str, Any]
@@ -116,11 +124,11 @@ class Bench:
     def _file(self, row: Row, seed: int) -> Path:
         return self.results / re.sub(r"\W+", "_", row.name.lower()) / f"seed-{seed}.json"
 
-    def _record(self, row: Row, seed: int, cfg: TrainConfig) -> dict[str, Any] | None:
+    def _record(self, row: Row, seed: int) -> dict[str, Any] | None:
         """What is stored of a run; None where it is not finished, or had other settings."""
         file = self._file(row, seed)
         record: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
-        return record if record is not None and record["key"] == self._key(cfg) else None
+        return record if record is not None and self._counts(record) else None
 
 
 def placed(cfg: TrainConfig, where: list[str]) -> TrainConfig:
@@ -161,6 +169,11 @@ def hardware(cfg: TrainConfig) -> str:
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """The JSON lines of a file; none where it does not exist."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def write_lines(lines: Iterable[dict[str, Any]], file: Path) -> None:
+    """What `read_lines` reads."""
+    write_text("".join(json.dumps(line) + "\n" for line in lines), file)
 
 
 def _learned(of: dict[str, Any]) -> str:

@@ -250,6 +250,8 @@ def test_a_finished_run_is_never_run_again(tmp_path: Path, monkeypatch: pytest.M
 
     changed = replace(suite, rows=(Row("W&D", "wide_deep", (*tiny, "model.dropout=0.5")),))
     other = replace(bench, suite=changed)
-    assert other.records() == []  # of other settings
+    assert other.records() == other.records([found]) == []  # of other settings
+    elsewhere = replace(bench, results=tmp_path / "another machine's")
+    assert elsewhere.records() == [] and elsewhere.records([found]) == [found]
     with pytest.raises(TypeError, match="not callable"):
         other.score(changed.rows[0], 0, [])  # would run

@@ -96,6 +96,7 @@ def measure(files: list[tuple[str, int]], args: argparse.Namespace) -> dict[str,
     groups = {world: started(world, args.batch_rows, files) for world in (1, 2)}
     runs: dict[str, dict[str, list[dict[str, float]]]] = {}
     limits: dict[str, list[float]] = {}
+    gains: dict[str, list[float]] = {"flops": [], "gather": []}
     for tower in args.towers.split(","):
         work, _, _ = counted(Config(hidden=TOWERS[tower]), BENCH_SCHEMA, args.batch_rows, ())
         for group in groups.values():
@@ -105,9 +106,12 @@ def measure(files: list[tuple[str, int]], args: argparse.Namespace) -> dict[str,
             for kind, world in kinds:
                 found = ray.get([worker.measure.remote(kind) for worker in groups[world]])
                 runs.setdefault(tower, {}).setdefault(f"{kind}_{world}", []).append(combined(found))
-            machine = machine_of(ray.get([worker.limits.remote() for worker in groups[1]]), 1.0, 1)
+            alone, side_by_side = [ray.get([w.limits.remote() for w in group]) for group in groups.values()]
+            machine = machine_of(alone, 1.0, 1)
             took = args.batch_rows / runs[tower]["end_to_end_1"][-1]["rows_per_s"]
             limits.setdefault(tower, []).append(limit_s(work, machine, args.batch_rows) / took)
+            for kind in gains:
+                gains[kind].append(sum(one[kind] for one in side_by_side) / alone[0][kind])
     kept = {tower: {name: found[1:] for name, found in kinds.items()} for tower, kinds in runs.items()}
     return {
         "hardware": {
@@ -116,6 +120,7 @@ def measure(files: list[tuple[str, int]], args: argparse.Namespace) -> dict[str,
         },
         "date": dt.date.today().isoformat(),
         "batch_rows": args.batch_rows,
+        "machine_two_over_one": {kind: statistics.median(found) for kind, found in gains.items()},
         "towers": {
             tower: figures(kinds) | {"limit": statistics.median(limits[tower][1:]), "repeats": kinds}
             for tower, kinds in kept.items()
@@ -144,6 +149,11 @@ def figures(kinds: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The figures for people."""
     lines = [f"rows per second, median, batch {result['batch_rows']}, {result['date']}, {result['hardware']}"]
+    machine = result["machine_two_over_one"]
+    lines.append(
+        f"the machine itself, two processes over one: matrix products {machine['flops']:.2f}, "
+        f"lookups {machine['gather']:.2f}"
+    )
     for tower, found in result["towers"].items():
         lines.append(f"\n{tower} tower")
         lines += [f"  {name:>14}  {rate:>10,.0f}" for name, rate in found["rows_per_s"].items()]

@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S as END_TIMEOUT
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -35,11 +37,12 @@ from recsys_dist.train.plan import Plan, plan
 from recsys_dist.train.pretrained import RESULT
 from recsys_dist.train.progress import PROGRESS, Place, read
 from recsys_dist.train.settings import TrainConfig
-from recsys_dist.train.worker import FAILURE, RESERVE, train_worker
+from recsys_dist.train.worker import FAILURE, LESS_MEMORY, RESERVE, train_worker
 
 log = logging.getLogger(__name__)
 OnReport = Callable[[dict[str, Any]], None]
 _POLL_S = 0.3
+_FULL_MEMORY = re.compile(r"Memory on the node .* was (\S+) used / (\S+) limit")  # in ray's OutOfMemoryError
 _RESERVE_BYTES = 8192
 BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows [{elapsed}{postfix}]"
 
@@ -193,7 +196,7 @@ def _train(cfg: TrainConfig, run: Path) -> None:
     )
     try:
         trainer.fit()
-    except TrainingFailedError as error:
+    except (TrainingFailedError, RayError) as error:  # the latter where Ray Train's controller was ended
         raise _explained(error, run, cfg) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -203,15 +206,22 @@ def _train(cfg: TrainConfig, run: Path) -> None:
         raise SupersededError(f"{str(run)!r} was started anew by another process, and goes on there")
 
 
-def _explained(error: TrainingFailedError | None, run: Path, cfg: TrainConfig) -> RecsysError:
+def _explained(error: Exception | None, run: Path, cfg: TrainConfig) -> RecsysError:
     """What a worker wrote down before it gave up; else that workers were lost too often."""
     if (run / FAILURE).exists():
         found = json.loads((run / FAILURE).read_text())
         kind: type[RecsysError] = getattr(errors, found["kind"])
         return kind(found["message"])
+    kept = f"what is committed in {str(run)!r} is kept, and the same command goes on from there"
+    if full := _FULL_MEMORY.search(str(error)):
+        return TrainError(
+            f"the memory of a machine was full ({full[1]} used of {full[2]}), and Ray ended what it runs "
+            f"there more often than max_failures={cfg.max_failures} allows: end what else is on it, or "
+            f"{LESS_MEMORY}; {kept}"
+        )
     return TrainError(
-        f"training failed more often than max_failures={cfg.max_failures} allows; what is committed in "
-        f"{str(run)!r} is kept, and the same command goes on from there. The last failure: {error}"
+        f"training failed more often than max_failures={cfg.max_failures} allows; {kept}. The last failure: "
+        f"{error}"
     )
 
 

@@ -23,7 +23,7 @@ from recsys_dist.train.settings import TrainConfig
 
 FAILURE = "failure.json"  # why training cannot go on: written by a worker, read by the driver
 RESERVE = "failure.reserve"  # gives way to FAILURE, so that a full disk can be told of
-_LESS_MEMORY = "lower batch_rows, have tables on more workers, or see --plan for what each one holds"
+LESS_MEMORY = "lower batch_rows, have tables on more workers, or see --plan for what each one holds"
 
 
 def train_worker(values: dict[str, Any]) -> None:
@@ -44,7 +44,7 @@ def train_worker(values: dict[str, Any]) -> None:
         return  # the run is another's now, and so is its FAILURE
     except (MemoryError, RuntimeError) as error:
         if _out_of_memory(error):  # and would be again
-            _write_failure(run, TrainError(f"a worker has not enough memory: {error}; {_LESS_MEMORY}"))
+            _write_failure(run, TrainError(f"a worker has not enough memory: {error}; {LESS_MEMORY}"))
         raise
     except RecsysError as error:
         _write_failure(run, error)

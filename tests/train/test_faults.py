@@ -167,6 +167,22 @@ def test_a_worker_without_memory_ends_training_once_and_says_so(data, tmp_path):
         trainer.fit(cfg, tmp_path)
 
 
+@pytest.mark.ray
+@pytest.mark.e2e
+def test_where_ray_ends_workers_for_a_full_memory_it_says_so(data, tmp_path):
+    full = {"RAY_memory_usage_threshold": "0.001", "RAY_memory_monitor_refresh_ms": "100"}
+    environment = {**os.environ, **full}
+    environment.pop("RAY_ADDRESS", None)
+    command = [sys.executable, "-m", "jobs.train", "wide_deep", f"data={data}", "max_failures=0"]
+    ended = subprocess.run(
+        [*command, "--out", str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 2 and ended.stderr.startswith("error: the memory of a machine was full (")
+    assert "lower batch_rows" in ended.stderr and ended.stderr.endswith(
+        "the same command goes on from there\n"
+    )
+
+
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.ray
 @pytest.mark.e2e

@@ -8,7 +8,6 @@ is torn and is passed over, and so is an increment (see `train.increments`) whos
 
 import hashlib
 import logging
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +18,17 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from pydantic import Field, ValidationError
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.checkpoint import CheckpointException
 
 from recsys_dist.config import Config, digest
 from recsys_dist.errors import CheckpointError
 from recsys_dist.models.protocol import Catalogue, model_module, model_schema
 from recsys_dist.schema import Schema
+from recsys_dist.train import storage
 from recsys_dist.train.increments import Base, Touched, put_back
 from recsys_dist.train.loop import Loss, Totals
 from recsys_dist.train.sharding import ShardedModel, materialise
+from recsys_dist.train.storage import AnyPath
 
 MANIFEST = "manifest.json"
 _CHUNK_BYTES = 1 << 22
@@ -98,7 +99,7 @@ class Manifest(Config):
 class Checkpoint:
     """A committed checkpoint: its directory and its manifest."""
 
-    path: Path
+    path: AnyPath
     manifest: Manifest
 
     def as_base(self) -> Base:
@@ -153,7 +154,7 @@ def saved_shapes(path: Path) -> dict[str, torch.Size]:
     return {key: entry.size for key, entry in saved.items()}
 
 
-def latest_valid(root: Path, warn: Callable[[str], None] = log.warning) -> Checkpoint | None:
+def latest_valid(root: AnyPath, warn: Callable[[str], None] = log.warning) -> Checkpoint | None:
     """The checkpoint with the most steps that is whole; warns of each newer one that is not."""
     found: list[Checkpoint] = []
     for path in all_below(root):
@@ -171,7 +172,7 @@ def latest_valid(root: Path, warn: Callable[[str], None] = log.warning) -> Check
     return None
 
 
-def of_epoch(root: Path, epoch: int) -> Path:
+def of_epoch(root: AnyPath, epoch: int) -> AnyPath:
     """The whole checkpoint after the best epoch of a phase; CheckpointError where there is none."""
     reason = "there is none"
     for path in root.glob(f"epoch-{epoch:04d}-*"):  # several where one was torn or damaged, and made anew
@@ -187,12 +188,12 @@ def of_epoch(root: Path, epoch: int) -> Path:
     )
 
 
-def all_below(root: Path) -> list[Path]:
+def all_below(root: AnyPath) -> list[AnyPath]:
     """Directories of checkpoints, torn ones too: of finished epochs, and within one."""
     return sorted([*root.glob("epoch-*"), *root.glob("step-*")])
 
 
-def verify(path: Path) -> Manifest:
+def verify(path: AnyPath) -> Manifest:
     """The manifest of a whole checkpoint; CheckpointError says what is missing or damaged."""
     manifest = read_manifest(path)
     for name, entry in manifest.files.items():
@@ -212,13 +213,13 @@ def verify(path: Path) -> Manifest:
     return manifest
 
 
-def _base_of(path: Path) -> Path | None:
+def _base_of(path: AnyPath) -> AnyPath | None:
     """Of an increment, the directory of the full checkpoint that it goes with."""
     base = read_manifest(path).base
     return None if base is None else path.with_name(base.name)
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: AnyPath) -> Manifest:
     """Of a committed checkpoint, whose files nobody has looked at."""
     try:
         return Manifest.model_validate_json((path / MANIFEST).read_bytes())
@@ -244,7 +245,7 @@ def refuse_other_schema(manifest: Manifest, schema: Schema) -> None:
     raise CheckpointError(f"the checkpoint was made for another schema: {said}. Train anew on this data")
 
 
-def retain(root: Path, keep: Iterable[Path]) -> None:
+def retain(root: AnyPath, keep: Iterable[AnyPath]) -> None:
     """Delete all checkpoints below `root`, torn ones too, but those to `keep` and their bases.
 
     One worker calls it.
@@ -253,14 +254,14 @@ def retain(root: Path, keep: Iterable[Path]) -> None:
     for path in all_below(root):
         if path.name not in kept:
             (path / MANIFEST).unlink(missing_ok=True)  # first: half deleted is torn, not damaged
-            shutil.rmtree(path, ignore_errors=True)
+            storage.remove(path)
 
 
-def _saved(path: Path) -> dict[str, Any]:
-    return FileSystemReader(path).read_metadata().state_dict_metadata
+def _saved(path: AnyPath) -> dict[str, Any]:
+    return storage.reader(path).read_metadata().state_dict_metadata
 
 
-def _empty_like_saved(path: Path, prefix: str) -> dict[str, torch.Tensor]:
+def _empty_like_saved(path: AnyPath, prefix: str) -> dict[str, torch.Tensor]:
     return {key: _empty(entry) for key, entry in _saved(path).items() if key.startswith(prefix)}
 
 
@@ -268,22 +269,22 @@ def _empty(entry: Any) -> torch.Tensor:
     return torch.empty(entry.size, dtype=entry.properties.dtype)
 
 
-def read(path: Path, state: dict[str, Any]) -> None:
+def read(path: AnyPath, state: dict[str, Any]) -> None:
     """Fill whole tensors from a checkpoint, in this process alone."""
     _fill(path, state, together=False)
 
 
-def _fill(path: Path, state: dict[str, Any], together: bool, touched: Touched | None = None) -> None:
+def _fill(path: AnyPath, state: dict[str, Any], together: bool, touched: Touched | None = None) -> None:
     """Fill live tensors, collectively where `together`, and mark in `touched` which rows an increment has."""
     base, saved = _base_of(path), _saved(path)
     there = {key: value for key, value in state.items() if base is None or key in saved}
     for at, part in ((path, there), (base, {k: v for k, v in state.items() if k not in there})):
         if at is not None and part:
-            dcp.load(part, storage_reader=FileSystemReader(at), no_dist=not together)
+            dcp.load(part, storage_reader=storage.reader(at), no_dist=not together)
 
     def piece(names: list[str]) -> dict[str, torch.Tensor]:
         tensors = {name: _empty(saved[name]) for name in names}
-        dcp.load(tensors, storage_reader=FileSystemReader(path), no_dist=True)
+        dcp.load(tensors, storage_reader=storage.reader(path), no_dist=True)
         return tensors
 
     if base is not None:
@@ -296,7 +297,7 @@ def live_state(sharded: ShardedModel) -> dict[str, Any]:
     return weights | {f"sums.{name}": value for name, value in sharded.accumulators().items()}
 
 
-def entry_of(file: Path) -> FileEntry:
+def entry_of(file: AnyPath) -> FileEntry:
     """What a manifest says of a file."""
     seen = hashlib.sha256()
     with file.open("rb") as stream:

@@ -34,7 +34,7 @@ from recsys_dist.models.calibration import Points
 from recsys_dist.models.protocol import model_module
 from recsys_dist.models.ranking import Ranker
 from recsys_dist.train import checkpoint as checkpoints
-from recsys_dist.train import pretrained, saving, warm_start
+from recsys_dist.train import pretrained, saving, storage, warm_start
 from recsys_dist.train.calibrate import fit
 from recsys_dist.train.catalogue import catalogue_of, occurrences
 from recsys_dist.train.checkpoint import Checkpoint, Manifest, Position
@@ -72,6 +72,7 @@ class Common:
     def __init__(self, cfg: TrainConfig, path: Path, fence: Fence, device: torch.device) -> None:
         self.cfg = cfg
         self.path = path
+        self.checkpoints = storage.below(cfg.checkpoints, path)
         self.fence = fence
         self.device = device
         self.workers = Workers()
@@ -122,7 +123,7 @@ class _Attempt:
         self.common = common
         self.cfg, self.schema, self.workers = common.cfg, common.schema, common.workers
         self.phase = phase
-        self.root = common.path / phase.name
+        self.root = common.checkpoints / phase.name
         passed_over: list[str] = []
         mine = checkpoints.latest_valid(self.root, passed_over.append) if self.workers.rank == 0 else None
         self.newest = self.workers.agree(mine)

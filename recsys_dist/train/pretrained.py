@@ -97,4 +97,6 @@ def checkpoint_of(run: str, phase: str, setting: str) -> Path:
     final = Path(run) / result["checkpoint"]
     if phase == "refit" or final.parent.name == phase:
         return final
-    return checkpoints.of_epoch(Path(run, phase), result["chosen_epoch"])
+    best = checkpoints.of_epoch(Path(run, phase), result["chosen_epoch"])
+    assert isinstance(best, Path)
+    return best

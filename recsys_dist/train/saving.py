@@ -1,21 +1,19 @@
 """Writes checkpoints: full ones at once, and behind training, from a copy, full ones or increments."""
 
 import math
-import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException
 
-from recsys_dist.data.output import naming, write_text
-from recsys_dist.errors import CheckpointError, DataError, NonFiniteLossError
+from recsys_dist.errors import CheckpointError, NonFiniteLossError
 from recsys_dist.models.protocol import Catalogue
+from recsys_dist.train import storage
 from recsys_dist.train.checkpoint import (
     CATALOGUE,
     ITEM_FEATURE,
@@ -30,6 +28,7 @@ from recsys_dist.train.increments import Base, Touched
 from recsys_dist.train.loop import Workers
 from recsys_dist.train.pieces import copied, local
 from recsys_dist.train.sharding import ShardedModel
+from recsys_dist.train.storage import AnyPath
 
 
 def watch(sharded: ShardedModel, at_most: float) -> None:
@@ -40,7 +39,7 @@ def watch(sharded: ShardedModel, at_most: float) -> None:
 
 
 def save(
-    root: Path, sharded: ShardedModel, catalogue: Catalogue, manifest: Manifest, workers: Workers
+    root: AnyPath, sharded: ShardedModel, catalogue: Catalogue, manifest: Manifest, workers: Workers
 ) -> Checkpoint:
     """Write a full checkpoint into a fresh directory below `root`. Collective; all see one file system.
 
@@ -66,7 +65,7 @@ class Background:
 
     def save(
         self,
-        root: Path,
+        root: AnyPath,
         sharded: ShardedModel,
         catalogue: Catalogue,
         manifest: Manifest,
@@ -128,15 +127,19 @@ def _placed(
     return Manifest.parse({**manifest.model_dump(), **placed})
 
 
-def _write(root: Path, state: dict[str, Any], manifest: Manifest, workers: Workers) -> Checkpoint:
+def _write(root: AnyPath, state: dict[str, Any], manifest: Manifest, workers: Workers) -> Checkpoint:
     if not all(workers.gather(_finite(state))):
         raise NonFiniteLossError(f"after step {manifest.step} weights are not finite; they are not saved")
     at = f"epoch-{manifest.epoch:04d}" if manifest.position is None else f"step-{manifest.step:09d}"
     path = root / workers.agree(f"{at}-{uuid.uuid4().hex[:8]}")
-    writer = FileSystemWriter(path, sync_files=True)
     with _removing_torn(path):
-        dcp.save(state, storage_writer=writer, process_group=workers.group, no_dist=not dist.is_initialized())
-    mine = {f.name: entry_of(f) for f in sorted(path.iterdir()) if _belongs_to(f.name, workers.rank)}
+        dcp.save(
+            state,
+            storage_writer=storage.writer(path),
+            process_group=workers.group,
+            no_dist=not dist.is_initialized(),
+        )
+    mine = {f.name: entry_of(f) for f in storage.files(path) if _belongs_to(f.name, workers.rank)}
     entries: dict[str, FileEntry] = {}
     for theirs in workers.gather(mine):
         entries |= theirs
@@ -145,7 +148,7 @@ def _write(root: Path, state: dict[str, Any], manifest: Manifest, workers: Worke
     if workers.rank == 0:
         try:
             with _removing_torn(path):
-                write_text(manifest.model_dump_json(indent=1), path / MANIFEST)
+                storage.put(manifest.model_dump_json(indent=1), path / MANIFEST)
         except CheckpointError as error:
             refused = error
     refused = workers.agree(refused)  # committed for all, or for none
@@ -155,17 +158,17 @@ def _write(root: Path, state: dict[str, Any], manifest: Manifest, workers: Worke
 
 
 @contextmanager
-def _removing_torn(path: Path) -> Iterator[None]:
+def _removing_torn(path: AnyPath) -> Iterator[None]:
     """CheckpointError where the block cannot write the checkpoint `path`; what there is of it is removed."""
     try:
-        with naming(path):
+        with storage.writing(path):
             try:
                 yield
             except CheckpointException as error:  # what went wrong on any worker, raised on all
                 raise next(iter(error.failures.values()))[0] from None
-    except DataError as error:
-        shutil.rmtree(path, ignore_errors=True)
-        raise CheckpointError(str(error)) from None
+    except CheckpointError:
+        storage.remove(path)
+        raise
 
 
 def _belongs_to(name: str, rank: int) -> bool:

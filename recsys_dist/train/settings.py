@@ -37,6 +37,7 @@ _NOT_IDENTITY = (
     "max_failures",
     "skip_steps",
     "max_rollbacks",
+    "checkpoints",
     "checkpoint_every_s",
     "checkpoint_increments",
     "profile",
@@ -102,6 +103,11 @@ class TrainConfig(Config):
     threads_per_worker: int = Field(1, ge=1, description="CPU threads, and CPUs reserved, of each worker")
     use_gpu: bool = False
     timeout_s: int = Field(60, ge=1, description="a collective that takes longer is a lost worker")
+    checkpoints: str | None = Field(
+        None,
+        description="directory or URL (s3://, gs://, any that fsspec knows) below which runs keep their "
+        "checkpoints; default: in the run's own directory",
+    )
     checkpoint_every_s: float | None = Field(
         60.0,
         ge=0,

@@ -31,7 +31,8 @@ from recsys_dist import errors, session
 from recsys_dist.data.output import write_text
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import CheckpointError, ConfigError, RecsysError, SupersededError, TrainError
-from recsys_dist.train.checkpoint import verify
+from recsys_dist.train import storage
+from recsys_dist.train.checkpoint import MANIFEST, verify
 from recsys_dist.train.fence import take_over
 from recsys_dist.train.plan import Plan, plan
 from recsys_dist.train.pretrained import RESULT
@@ -80,6 +81,8 @@ def fit(cfg: TrainConfig, out: str | Path, on_report: OnReport | None = None) ->
     with _reports(run / PROGRESS, on_report):
         if not (run / RESULT).exists():
             refuse_what_does_not_fit(cfg, planned(cfg, prepared))
+            if cfg.checkpoints is not None:
+                storage.probe(cfg.checkpoints)
             session.connect()
             _check_cluster(cfg)
             write_text(cfg.to_yaml(), run / "config.yaml")
@@ -87,6 +90,7 @@ def fit(cfg: TrainConfig, out: str | Path, on_report: OnReport | None = None) ->
             (run / FAILURE).unlink(missing_ok=True)
             _train(cfg, run)
             (run / RESERVE).unlink(missing_ok=True)
+    _bring_here(cfg, run)
     return _result(run)
 
 
@@ -99,6 +103,20 @@ def finished(cfg: TrainConfig, prepared: Prepared, out: str | Path) -> FitResult
 def _result(run: Path) -> FitResult:
     found = json.loads((run / RESULT).read_text())
     return FitResult(run=run, **{**found, "checkpoint": run / found["checkpoint"]})
+
+
+def _bring_here(cfg: TrainConfig, run: Path) -> None:
+    """Copy a finished run's checkpoints into its directory, where whatever comes after training reads them.
+
+    That of the result comes last.
+    """
+    elsewhere = storage.below(cfg.checkpoints, run)
+    final = json.loads((run / RESULT).read_text())["checkpoint"]
+    if elsewhere == run or (run / final / MANIFEST).exists():
+        return
+    found = [manifest.parent for manifest in elsewhere.glob(f"*/epoch-*/{MANIFEST}")]
+    for path in sorted(found, key=lambda path: f"{path.parent.name}/{path.name}" == final):
+        storage.fetch(path, run / path.parent.name, last=MANIFEST)
 
 
 def _forget_what_is_damaged(run: Path) -> None:
@@ -173,6 +191,8 @@ def _train(cfg: TrainConfig, run: Path) -> None:
     scratch = run / "ray"  # Ray Train's own files, of no use afterwards: we resume from our checkpoints
     named = {key: getattr(cfg, key) for key in ("data", "item_vectors", "warm_start")}
     paths = {key: str(Path(path).absolute()) for key, path in named.items() if path}
+    if cfg.checkpoints is not None:
+        paths["checkpoints"] = str(storage.root(cfg.checkpoints))
     values = {**cfg.model_dump(mode="json"), **paths}
     trainer = _Trainer(
         train_worker,

@@ -65,7 +65,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 def all_phases(common: Common) -> None:
     """Choose the number of epochs, refit if asked to, and write down the result. Collective."""
-    cfg, path = common.cfg, common.path
+    cfg, path, checkpoints = common.cfg, common.path, common.checkpoints
     splits = cfg.training_splits(common.schema)
     held_out = "ranking/valid" if cfg.task == "ranking" else "users/valid"
     chosen = finish(common, Phase("choose", splits["choose"], held_out, cfg.epochs))
@@ -77,13 +77,13 @@ def all_phases(common: Common) -> None:
         refit = finish(common, phase, chosen.manifest.rollbacks)
         final, trained = refit.path, [*history, *refit.manifest.history]
     else:
-        final = of_epoch(path / "choose", epoch)
+        final = of_epoch(checkpoints / "choose", epoch)
     common.only_if(common.fence.holds)
     peaks = common.workers.gather(cpu.peak_bytes())
     if common.workers.rank == 0:
         seconds = sum(entry["seconds"] for entry in trained)
         result = {
-            "checkpoint": str(final.relative_to(path)),
+            "checkpoint": f"{final.parent.name}/{final.name}",
             "chosen_epoch": epoch,
             "history": history,
             "seconds": seconds,

@@ -116,6 +116,7 @@ class _Jobs(Searcher):
             "data": str(Path(self.cfg.train.data).absolute()),
             "newest_fraction": self.cfg.rungs[job.rung],
             "refit": False,
+            "checkpoints": None,  # most trials leave nothing behind
         }
         config = settings(self.cfg.train, {**values, **fixed})
         folder = self.ledger.file.parent / "trials" / f"{job.trial:03d}"

@@ -1,0 +1,120 @@
+"""Where checkpoints lie: on a disk that all workers see, or on any file system that fsspec knows (s3://, gs://).
+
+An object store puts a file whole or not at all and renames nothing; a checkpoint asks for no more, as its
+manifest is put last. What is the same on both, `UPath` does.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+from upath import UPath
+
+from recsys_dist.data.output import naming, write_text
+from recsys_dist.errors import CheckpointError, ConfigError, DataError, RecsysError
+
+AnyPath = Path | UPath
+
+
+def root(url: str) -> AnyPath:
+    """The directory of a URL or local path. ConfigError for a protocol that nothing here speaks."""
+    try:
+        found = UPath(url, use_listings_cache=False)  # others write there too
+        if isinstance(found, Path):
+            return Path(url).absolute()
+        assert found.fs
+    except (ValueError, ImportError) as error:  # ImportError names the package to install
+        raise ConfigError(f"checkpoints={url!r}: {error}") from None
+    return found
+
+
+def below(url: str | None, run: Path) -> AnyPath:
+    """Where a run keeps its checkpoints: a directory for each of its phases."""
+    return run if url is None else root(url) / run.name
+
+
+def probe(url: str) -> None:
+    """ConfigError where checkpoints could not be written to, read from, and deleted from `url`."""
+    file = root(url) / ".probe"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"written")
+        assert file.read_bytes() == b"written"
+        file.unlink()
+    except RecsysError:
+        raise
+    except Exception as error:  # each store has errors of its own
+        raise ConfigError(
+            f"checkpoints={url!r} cannot be written to and read back: {type(error).__name__}: {error}; "
+            "give this machine and the workers access, or name another place"
+        ) from None
+
+
+def writer(path: AnyPath) -> Any:
+    """DCP's, for a directory that does not exist yet."""
+    if isinstance(path, Path):
+        return FileSystemWriter(path, sync_files=True)
+    return FsspecWriter(str(path), sync_files=False, **path.storage_options)
+
+
+def reader(path: AnyPath) -> Any:
+    """DCP's."""
+    if isinstance(path, Path):
+        return FileSystemReader(path)
+    return FsspecReader(str(path), **path.storage_options)
+
+
+def put(text: str, path: AnyPath) -> None:
+    """A small file, whole or not at all."""
+    if isinstance(path, Path):
+        write_text(text, path)
+    else:
+        path.write_text(text, encoding="utf-8")
+
+
+def remove(path: AnyPath) -> None:
+    """A directory and all in it, as far as that can be done now."""
+    if isinstance(path, Path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(Exception):  # it is collected with the next one
+            path.fs.rm(path.path, recursive=True)
+
+
+@contextmanager
+def writing(path: AnyPath) -> Iterator[None]:
+    """CheckpointError where the block cannot write there."""
+    try:
+        with naming(path):  # type: ignore[arg-type]
+            yield
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
+    except Exception as error:
+        if isinstance(path, Path) or isinstance(error, RecsysError):
+            raise
+        raise CheckpointError(
+            f"{str(path)!r} cannot be written: {type(error).__name__}: {error}; what is committed is kept, "
+            "and the same command goes on from there"
+        ) from None
+
+
+def files(path: AnyPath) -> list[AnyPath]:
+    """Of a directory, by name."""
+    found: list[AnyPath] = [*path.iterdir()]
+    return sorted(found, key=lambda file: file.name)
+
+
+def fetch(path: AnyPath, into: Path, last: str) -> Path:
+    """A copy of a directory, below `into` on this machine, unless it is there; its file `last` comes last."""
+    copy = into / path.name
+    if not (copy / last).exists():
+        copy.mkdir(parents=True, exist_ok=True)
+        for file in sorted(files(path), key=lambda file: file.name == last):
+            with file.open("rb") as source, (copy / f".{file.name}.partial").open("wb") as target:
+                shutil.copyfileobj(source, target, 1 << 22)
+            (copy / f".{file.name}.partial").replace(copy / file.name)
+    return copy

@@ -1,0 +1,107 @@
+"""Checkpoints on a file system that is reached through fsspec: `file://` is one that all processes see.
+
+That training goes on from there at another worker count, test_checkpoint shows.
+"""
+
+import shutil
+
+import pytest
+import torch.distributed as dist
+from upath import UPath
+
+from recsys_dist.errors import CheckpointError, ConfigError
+from recsys_dist.train import saving, storage, trainer
+from recsys_dist.train.checkpoint import MANIFEST, all_below, latest_valid, retain, verify
+from recsys_dist.train.loop import Workers
+from recsys_dist.train.progress import PROGRESS, read
+from recsys_dist.train.settings import TrainConfig
+from tests.train.runs import assert_same, config
+from tests.train.test_checkpoint import catalogue, manifest, sharded_model
+
+
+@pytest.fixture
+def place(tmp_path) -> UPath:
+    return storage.root(f"file://{tmp_path}/store")
+
+
+@pytest.fixture
+def save():
+    """Saves the small model as the checkpoint of an epoch."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    sharded, workers = sharded_model({}), Workers()
+    yield lambda place, epoch: saving.save(place, sharded, catalogue(), manifest(epoch), workers)
+    dist.destroy_process_group()
+
+
+def test_what_is_torn_is_passed_over_and_what_is_not_kept_is_gone(place, save, caplog):
+    kept, torn, damaged = (save(place, epoch).path for epoch in (1, 2, 3))
+    assert not isinstance(kept, storage.Path) and str(kept).startswith("file://")
+    (torn / MANIFEST).unlink()
+    file = next(damaged.glob("__0_*"))
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    found = latest_valid(place)
+    assert found is not None and found.path == kept and verify(kept).epoch == 1
+    assert "never committed" in caplog.text and "was changed" in caplog.text
+    retain(place, [kept])
+    assert [path.name for path in all_below(place)] == [kept.name]
+
+
+def test_a_copy_is_whole_or_is_not_taken_for_one(place, save, tmp_path):
+    saved = save(place, 1).path
+    torn = tmp_path / "here" / saved.name  # as a fetch that was killed leaves it
+    torn.mkdir(parents=True)
+    (torn / ".metadata").write_bytes(b"half")
+    copy = storage.fetch(saved, tmp_path / "here", last=MANIFEST)
+    assert copy == torn and verify(copy) == verify(saved)
+
+
+def test_a_store_that_fails_is_named(place, save, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise LookupError("no credentials")  # stores' drivers have errors of their own
+
+    monkeypatch.setattr(type(place.fs), "open", refuse)
+    with pytest.raises(
+        CheckpointError, match=r"'file://.*' cannot be written: LookupError: no credentials; wh"
+    ):
+        save(place, 1)
+    assert all_below(place) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("nowhere://bucket/x", r"checkpoints='nowhere://bucket/x': Unsupported filesystem: 'nowhere'"),
+        ("gs://bucket/x", r"checkpoints='gs://bucket/x': Please install gcsfs"),
+        (
+            "file:///proc/x",
+            r"checkpoints='file:///proc/x' cannot be written to and read back: .*another place",
+        ),
+    ],
+)
+def test_a_place_that_will_not_do_is_refused_before_anything_starts(url, said):
+    with pytest.raises(ConfigError, match=said):
+        storage.probe(url)
+
+
+def test_where_checkpoints_lie_is_no_part_of_what_a_run_is(tmp_path):
+    base = {"data": str(tmp_path), "model": {"name": "lr"}}
+    elsewhere = TrainConfig.parse({**base, "checkpoints": "s3://bucket/x"})
+    assert elsewhere.identity() == TrainConfig.parse(base).identity()
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.ray
+@pytest.mark.e2e
+def test_a_run_whose_machine_is_lost_goes_on_from_the_store(data, uninterrupted, place, tmp_path):
+    cfg = config(data, refit=False, checkpoints=str(place))
+    first = trainer.fit(cfg, tmp_path)
+    assert_same(uninterrupted.fitted.checkpoint, first.checkpoint)
+    assert first.checkpoint.is_relative_to(first.run) and verify(first.checkpoint).epoch == first.chosen_epoch
+    stored = {path.parent.name for path in place.glob(f"{first.run.name}/choose/epoch-*/{MANIFEST}")}
+    assert first.checkpoint.name in stored
+
+    shutil.rmtree(first.run)
+    resumed = trainer.fit(cfg, tmp_path)
+    assert not [line for line, _ in read(resumed.run / PROGRESS) if line["kind"] == "epoch"], "nothing trains"
+    assert resumed.history == first.history and resumed.checkpoint == first.checkpoint
+    assert_same(first.checkpoint, resumed.checkpoint)

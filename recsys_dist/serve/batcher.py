@@ -15,7 +15,11 @@ A = TypeVar("A")
 
 
 class Batcher(Generic[Q, A]):
-    """At most `concurrent` batches at once, of at most `size` requests; an idle one answers at once."""
+    """At most `concurrent` batches at once, of at most `size` requests; an idle one answers at once.
+
+    While one is being answered, another joins it only when it is full: a batch costs the same however few
+    requests it carries, and small ones side by side would keep the machine at work with nothing but that.
+    """
 
     def __init__(
         self, answer: Callable[[list[Q]], Coroutine[Any, Any, list[A]]], size: int, concurrent: int
@@ -32,7 +36,10 @@ class Batcher(Generic[Q, A]):
         return await future
 
     def _start(self) -> None:
-        while self._waiting and len(self._running) < self._concurrent:
+        while (
+            len(self._waiting) >= (self._size if self._running else 1)
+            and len(self._running) < self._concurrent
+        ):
             count = min(self._size, len(self._waiting))
             batch = [self._waiting.popleft() for _ in range(count)]
             task = asyncio.create_task(self._answer([request for request, _ in batch]))  # noqa: RUF006, held below

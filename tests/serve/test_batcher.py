@@ -31,9 +31,9 @@ async def asked(numbers: range, size: int, concurrent: int) -> tuple[Doubler, li
     return doubler, await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def test_the_first_go_at_once_and_the_rest_together() -> None:
+def test_the_first_goes_at_once_the_rest_together_and_only_a_full_batch_beside_another() -> None:
     doubler, answers = asyncio.run(asked(range(10), size=6, concurrent=2))
-    assert doubler.batches == [[0], [1], [2, 3, 4, 5, 6, 7], [8, 9]]
+    assert doubler.batches == [[0], [1, 2, 3, 4, 5, 6], [7, 8, 9]]
     assert answers == [2 * number for number in range(10)]
 
 

@@ -9,6 +9,7 @@
     │   ├── SupersededError    the run was started anew elsewhere, and goes on there
     │   └── NonFiniteLossError  the loss is NaN or infinite; names the rows of the batch
     ├── CheckpointError    a checkpoint is torn, or was made for another schema
+    ├── StoreError         a store of checkpoints does not answer; what it holds may be whole
     ├── BundleError        an exported bundle is damaged, or its parts do not agree
     ├── RegistryError      the registry does not answer, or lacks what was asked for
     ├── StateError         the users' state cannot be read or written
@@ -54,6 +55,10 @@ class NonFiniteLossError(TrainError):
 
 class CheckpointError(RecsysError):
     """A checkpoint is incomplete, or does not fit the model or schema it is loaded into."""
+
+
+class StoreError(RecsysError):
+    """A store of checkpoints does not answer; what it holds may be whole."""
 
 
 class BundleError(RecsysError):

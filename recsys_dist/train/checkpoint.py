@@ -175,7 +175,9 @@ def latest_valid(root: AnyPath, warn: Callable[[str], None] = log.warning) -> Ch
 def of_epoch(root: AnyPath, epoch: int) -> AnyPath:
     """The whole checkpoint after the best epoch of a phase; CheckpointError where there is none."""
     reason = "there is none"
-    for path in root.glob(f"epoch-{epoch:04d}-*"):  # several where one was torn or damaged, and made anew
+    for path in storage.listed(
+        root, f"epoch-{epoch:04d}-"
+    ):  # several where one was torn or damaged, and made anew
         try:
             verify(path)
         except CheckpointError as error:
@@ -190,7 +192,12 @@ def of_epoch(root: AnyPath, epoch: int) -> AnyPath:
 
 def all_below(root: AnyPath) -> list[AnyPath]:
     """Directories of checkpoints, torn ones too: of finished epochs, and within one."""
-    return sorted([*root.glob("epoch-*"), *root.glob("step-*")])
+    return storage.listed(root, "epoch-") + storage.listed(root, "step-")
+
+
+def committed(path: AnyPath) -> bool:
+    """Whether a manifest says that it is whole, which may no longer be so."""
+    return any(file.name == MANIFEST for file in storage.listed(path))
 
 
 def verify(path: AnyPath) -> Manifest:
@@ -198,10 +205,15 @@ def verify(path: AnyPath) -> Manifest:
     manifest = read_manifest(path)
     for name, entry in manifest.files.items():
         file = path / name
-        size = file.stat().st_size if file.is_file() else None
+        try:
+            with storage.reading(file):
+                size = file.stat().st_size
+                same = size == entry.size_bytes and entry_of(file) == entry
+        except FileNotFoundError:
+            raise CheckpointError(f"{str(file)!r} is missing, of {entry.size_bytes} bytes") from None
         if size != entry.size_bytes:
             raise CheckpointError(f"{str(file)!r} has {size} bytes instead of {entry.size_bytes}")
-        if entry_of(file) != entry:
+        if not same:
             raise CheckpointError(f"{str(file)!r} was changed: its sha256 is not the manifest's")
     if manifest.base is not None:
         base = path.with_name(manifest.base.name)
@@ -222,7 +234,9 @@ def _base_of(path: AnyPath) -> AnyPath | None:
 def read_manifest(path: AnyPath) -> Manifest:
     """Of a committed checkpoint, whose files nobody has looked at."""
     try:
-        return Manifest.model_validate_json((path / MANIFEST).read_bytes())
+        with storage.reading(path):
+            text = (path / MANIFEST).read_bytes()
+        return Manifest.model_validate_json(text)
     except FileNotFoundError:
         raise CheckpointError(f"{str(path)!r} was never committed: it has no {MANIFEST}") from None
     except (ValidationError, OSError) as error:
@@ -253,8 +267,7 @@ def retain(root: AnyPath, keep: Iterable[AnyPath]) -> None:
     kept = {path.name for one in keep for path in (one, _base_of(one)) if path is not None}
     for path in all_below(root):
         if path.name not in kept:
-            (path / MANIFEST).unlink(missing_ok=True)  # first: half deleted is torn, not damaged
-            storage.remove(path)
+            storage.remove(path, first=MANIFEST)  # half deleted is torn, not damaged
 
 
 def _saved(path: AnyPath) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from recsys_dist.data.order import (
     with_trained,
 )
 from recsys_dist.data.prepared import Prepared
-from recsys_dist.errors import NonFiniteLossError, SupersededError
+from recsys_dist.errors import NonFiniteLossError, StoreError, SupersededError
 from recsys_dist.metrics import LESS_IS_BETTER
 from recsys_dist.models.calibration import Points
 from recsys_dist.models.protocol import model_module
@@ -369,9 +369,10 @@ class _Attempt:
             return
         keep, history = [saved.path], saved.manifest.history
         best = best_epoch(history, self.cfg.chosen_metric) if self.phase.valid and history else 0
-        if saved.manifest.position is not None or best < saved.manifest.epoch:  # else it is the best one
-            keep += [path.parent for path in self.root.glob(f"epoch-{best:04d}-*/{checkpoints.MANIFEST}")]
-        checkpoints.retain(self.root, keep)
+        with contextlib.suppress(StoreError):  # what is not deleted now goes with the next one
+            if saved.manifest.position is not None or best < saved.manifest.epoch:  # else it is the best one
+                keep += filter(checkpoints.committed, storage.listed(self.root, f"epoch-{best:04d}-"))
+            checkpoints.retain(self.root, keep)
 
 
 def _first_step(manifest: Manifest) -> int:

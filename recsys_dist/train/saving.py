@@ -139,7 +139,7 @@ def _write(root: AnyPath, state: dict[str, Any], manifest: Manifest, workers: Wo
             process_group=workers.group,
             no_dist=not dist.is_initialized(),
         )
-    mine = {f.name: entry_of(f) for f in storage.files(path) if _belongs_to(f.name, workers.rank)}
+    mine = {f.name: entry_of(f) for f in storage.listed(path) if _belongs_to(f.name, workers.rank)}
     entries: dict[str, FileEntry] = {}
     for theirs in workers.gather(mine):
         entries |= theirs

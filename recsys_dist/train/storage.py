@@ -7,7 +7,7 @@ manifest is put last. What is the same on both, `UPath` does.
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
@@ -15,7 +15,7 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, Fsspec
 from upath import UPath
 
 from recsys_dist.data.output import naming, write_text
-from recsys_dist.errors import CheckpointError, ConfigError, DataError, RecsysError
+from recsys_dist.errors import CheckpointError, ConfigError, DataError, RecsysError, StoreError
 
 AnyPath = Path | UPath
 
@@ -76,12 +76,16 @@ def put(text: str, path: AnyPath) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def remove(path: AnyPath) -> None:
-    """A directory and all in it, as far as that can be done now."""
+def remove(path: AnyPath, first: str | None = None) -> None:
+    """A directory and all in it, its file `first` before the rest, as far as that can be done now."""
     if isinstance(path, Path):
+        if first is not None:
+            (path / first).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
     else:
-        with suppress(Exception):  # it is collected with the next one
+        with suppress(Exception):  # it goes with the next one
+            if first is not None and path.fs.exists((path / first).path):
+                path.fs.rm((path / first).path)
             path.fs.rm(path.path, recursive=True)
 
 
@@ -102,10 +106,36 @@ def writing(path: AnyPath) -> Iterator[None]:
         ) from None
 
 
-def files(path: AnyPath) -> list[AnyPath]:
-    """Of a directory, by name."""
-    found: list[AnyPath] = [*path.iterdir()]
-    return sorted(found, key=lambda file: file.name)
+@contextmanager
+def reading(path: AnyPath) -> Iterator[None]:
+    """StoreError where a store does not answer: what lies there must not be taken for torn, and deleted."""
+    try:
+        yield
+    except (RecsysError, FileNotFoundError):
+        raise
+    except Exception as error:
+        if isinstance(path, Path):
+            raise
+        raise StoreError(
+            f"{str(path)!r} cannot be read now: {type(error).__name__}: {error}; nothing there was changed, "
+            "run the same command again when it answers"
+        ) from None
+
+
+def listed(path: AnyPath, prefix: str = "") -> list[AnyPath]:
+    """What a directory holds whose name begins so, by name; nothing where it does not exist.
+
+    `UPath`'s own `glob` and `iterdir` hold for empty what does not answer.
+    """
+    try:
+        with reading(path):
+            if isinstance(path, Path):
+                names = [child.name for child in path.iterdir()]
+            else:
+                names = [PurePosixPath(name).name for name in path.fs.ls(path.path, detail=False)]
+    except FileNotFoundError:
+        return []
+    return [path / name for name in sorted(names) if name.startswith(prefix)]
 
 
 def fetch(path: AnyPath, into: Path, last: str) -> Path:
@@ -113,7 +143,7 @@ def fetch(path: AnyPath, into: Path, last: str) -> Path:
     copy = into / path.name
     if not (copy / last).exists():
         copy.mkdir(parents=True, exist_ok=True)
-        for file in sorted(files(path), key=lambda file: file.name == last):
+        for file in sorted(listed(path), key=lambda file: file.name == last):
             with file.open("rb") as source, (copy / f".{file.name}.partial").open("wb") as target:
                 shutil.copyfileobj(source, target, 1 << 22)
             (copy / f".{file.name}.partial").replace(copy / file.name)

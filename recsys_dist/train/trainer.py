@@ -32,7 +32,7 @@ from recsys_dist.data.output import write_text
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import CheckpointError, ConfigError, RecsysError, SupersededError, TrainError
 from recsys_dist.train import storage
-from recsys_dist.train.checkpoint import MANIFEST, verify
+from recsys_dist.train.checkpoint import MANIFEST, committed, verify
 from recsys_dist.train.fence import take_over
 from recsys_dist.train.plan import Plan, plan
 from recsys_dist.train.pretrained import RESULT
@@ -114,7 +114,8 @@ def _bring_here(cfg: TrainConfig, run: Path) -> None:
     final = json.loads((run / RESULT).read_text())["checkpoint"]
     if elsewhere == run or (run / final / MANIFEST).exists():
         return
-    found = [manifest.parent for manifest in elsewhere.glob(f"*/epoch-*/{MANIFEST}")]
+    phases = storage.listed(elsewhere)
+    found = [path for phase in phases for path in storage.listed(phase, "epoch-") if committed(path)]
     for path in sorted(found, key=lambda path: f"{path.parent.name}/{path.name}" == final):
         storage.fetch(path, run / path.parent.name, last=MANIFEST)
 

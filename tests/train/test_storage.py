@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 from upath import UPath
 
-from recsys_dist.errors import CheckpointError, ConfigError
+from recsys_dist.errors import CheckpointError, ConfigError, StoreError
 from recsys_dist.train import saving, storage, trainer
 from recsys_dist.train.checkpoint import MANIFEST, all_below, latest_valid, retain, verify
 from recsys_dist.train.loop import Workers
@@ -65,6 +65,22 @@ def test_a_store_that_fails_is_named(place, save, monkeypatch):
     ):
         save(place, 1)
     assert all_below(place) == []
+
+
+def test_a_store_that_does_not_answer_is_not_taken_for_one_without_checkpoints(place, save, monkeypatch):
+    save(place, 1)
+    for method in ("open", "info", "ls"):
+        with (
+            monkeypatch.context() as patched,
+            pytest.raises(StoreError, match=r"cannot be read now.*no answer"),
+        ):
+            patched.setattr(type(place.fs), method, _silent)
+            latest_valid(place)
+    assert latest_valid(place) is not None
+
+
+def _silent(*_: object, **__: object) -> None:
+    raise TimeoutError("no answer")
 
 
 @pytest.mark.parametrize(

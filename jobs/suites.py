@@ -134,6 +134,17 @@ _BARS_YOUTUBEDNN = (
     "optimizer.deep.lr=0.1",
     "batch_rows=1024",
 )
+# a vector a user and a vector an item, by cosine: matrix factorisation with a softmax
+_FACTORS = (
+    "model.features=[user]",
+    "model.side_dim=64",
+    "model.hidden=[]",
+    "model.item_hidden=[]",
+    "model.mask_history=false",
+    "model.temperature=0.1",
+    "optimizer.deep.lr=0.1",
+    "batch_rows=2048",
+)
 _RECHORUS = ("model.embedding_dim=64", "model.hidden=[64]")
 
 
@@ -294,7 +305,8 @@ SUITES: dict[str, Suite] = {
         metrics=("user_recall@20", "ndcg@20"),
         rows=(
             Row("YoutubeDNN", "youtubednn", _BARS_YOUTUBEDNN),
-            *(row for row in _RECALL if row.name != "YoutubeDNN"),
+            Row("two-tower", "two_tower", _FACTORS),
+            *(row for row in _RECALL if row.name not in ("YoutubeDNN", "two-tower")),
         ),
         settings=("metric=user_recall@20", "epochs=30", "patience=2"),
         ks=(20, 50),

@@ -126,7 +126,7 @@ class _Attempt:
         self.root = common.checkpoints / phase.name
         passed_over: list[str] = []
         mine = checkpoints.latest_valid(self.root, passed_over.append) if self.workers.rank == 0 else None
-        self.newest = self.workers.agree(mine)
+        self.newest = common.background.workers.agree(mine)  # who reads all of it takes its time
         if passed_over:
             start = self.newest.path.name if self.newest else "its start"
             common.progress.notice(
@@ -355,7 +355,8 @@ class _Attempt:
         common = self.common
         common.background.wait()
         common.only_if(common.fence.holds)
-        saved = saving.save(self.root, self.sharded, self.catalogue, self.manifest, self.workers)
+        workers = common.background.workers
+        saved = saving.save(self.root, self.sharded, self.catalogue, self.manifest, workers)
         self._retain(saved)
         entry = saved.manifest.history[-1]
         chain = saved.manifest.chain

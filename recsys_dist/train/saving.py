@@ -55,11 +55,11 @@ def save(
 class Background:
     """Saves while training goes on: what is to be saved is copied, and written by a thread.
 
-    The thread talks to those of the other workers in a group of their own.
+    The thread talks to those of the other workers in a group of their own, `workers`, which waits long.
     """
 
     def __init__(self, workers: Workers) -> None:
-        self._workers = workers.apart()
+        self.workers = workers.apart()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
 
@@ -85,10 +85,10 @@ class Background:
             state = {name: copied(value) for name, value in state.items()}
             if touched is not None:
                 touched.begin(None)
-        manifest = _placed(manifest, sharded, self._workers, base)
+        manifest = _placed(manifest, sharded, self.workers, base)
 
         def write() -> None:
-            saved = _write(root, state, manifest, self._workers)
+            saved = _write(root, state, manifest, self.workers)
             if touched is not None and base is None:
                 touched.base = saved.as_base()
             then(saved)
@@ -96,7 +96,7 @@ class Background:
         self._running = self._pool.submit(write)
 
     def _few(self, touched: Touched, state: dict[str, Any]) -> bool:
-        whole, changed = self._workers.start_sum([float(size) for size in touched.sizes(state)])()
+        whole, changed = self.workers.start_sum([float(size) for size in touched.sizes(state)])()
         return changed <= touched.at_most * whole
 
     def wait(self) -> None:

@@ -16,8 +16,8 @@ import ray
 from jobs.ledger_model import trained_once
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import DataError, NonFiniteLossError, TrainError
-from recsys_dist.train import trainer
-from recsys_dist.train.checkpoint import latest_valid
+from recsys_dist.train import storage, trainer
+from recsys_dist.train.checkpoint import latest_valid, verify
 from recsys_dist.train.progress import PROGRESS, read
 from recsys_dist.train.settings import TrainConfig
 from tests.train import prepared
@@ -54,14 +54,17 @@ def test_killed_within_an_epoch_it_goes_on_there_and_is_the_uninterrupted_run(da
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.ray
 @pytest.mark.e2e
-def test_rows_are_trained_once_when_fewer_workers_go_on_within_an_epoch(data, tmp_path):
+def test_rows_are_trained_once_when_fewer_workers_of_another_machine_go_on_within_an_epoch(data, tmp_path):
+    """From a store, which is all that is left."""
     model = {"name": "jobs.ledger_model:Model", "shards": prepared.SPLITS["train"]}
     optimizer = {"deep": {"lr": 0.5}}
-    cfg = config(data, model=model, epochs=1, refit=False, optimizer=optimizer, checkpoint_every_s=0)
-    run = start_and_kill(cfg, tmp_path, "choose/step-00000000[3-9]-*")
-    before = latest_valid(run / "choose").manifest
+    store = {"checkpoints": f"file://{tmp_path}/store", "checkpoint_every_s": 0}
+    cfg = config(data, model=model, epochs=1, refit=False, optimizer=optimizer, **store)
+    run = start_and_kill(cfg, tmp_path / "lost", "choose/step-00000000[3-9]-*")
+    before = latest_valid(storage.below(cfg.checkpoints, run) / "choose").manifest
     assert before.workers == 2
-    result = trainer.fit(cfg.override(["num_workers=1", "checkpoint_every_s=null"]), tmp_path)
+    result = trainer.fit(cfg.override(["num_workers=1", "checkpoint_every_s=null"]), tmp_path / "found")
+    assert result.checkpoint.is_relative_to(tmp_path / "found") and verify(result.checkpoint).epoch == 1
     assert trained_once(result.checkpoint, 0.5) == {"once": 870, "lost": 0, "repeated": 0}
     assert result.history[0]["trained_rows"] == 870
 
@@ -92,7 +95,7 @@ trainer.fit(TrainConfig.parse({cfg.model_dump(mode="json")!r}), {str(out)!r})
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL)
     run = trainer.run_directory(cfg, Prepared.open(cfg.data), out)
     deadline = time.monotonic() + 240
-    while not list(run.glob(f"{when}/manifest.json")):
+    while not list(storage.below(cfg.checkpoints, run).glob(f"{when}/manifest.json")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     everything = [process, *psutil.Process(process.pid).children(recursive=True)]

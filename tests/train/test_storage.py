@@ -1,21 +1,17 @@
 """Checkpoints on a file system that is reached through fsspec: `file://` is one that all processes see.
 
-That training goes on from there at another worker count, test_checkpoint shows.
+That training goes on from there, test_checkpoint and test_faults show.
 """
-
-import shutil
 
 import pytest
 import torch.distributed as dist
 from upath import UPath
 
 from recsys_dist.errors import CheckpointError, ConfigError, StoreError
-from recsys_dist.train import saving, storage, trainer
+from recsys_dist.train import saving, storage
 from recsys_dist.train.checkpoint import MANIFEST, all_below, latest_valid, retain, verify
 from recsys_dist.train.loop import Workers
-from recsys_dist.train.progress import PROGRESS, read
 from recsys_dist.train.settings import TrainConfig
-from tests.train.runs import assert_same, config
 from tests.train.test_checkpoint import catalogue, manifest, sharded_model
 
 
@@ -103,21 +99,3 @@ def test_where_checkpoints_lie_is_no_part_of_what_a_run_is(tmp_path):
     base = {"data": str(tmp_path), "model": {"name": "lr"}}
     elsewhere = TrainConfig.parse({**base, "checkpoints": "s3://bucket/x"})
     assert elsewhere.identity() == TrainConfig.parse(base).identity()
-
-
-@pytest.mark.usefixtures("cluster")
-@pytest.mark.ray
-@pytest.mark.e2e
-def test_a_run_whose_machine_is_lost_goes_on_from_the_store(data, uninterrupted, place, tmp_path):
-    cfg = config(data, refit=False, checkpoints=str(place))
-    first = trainer.fit(cfg, tmp_path)
-    assert_same(uninterrupted.fitted.checkpoint, first.checkpoint)
-    assert first.checkpoint.is_relative_to(first.run) and verify(first.checkpoint).epoch == first.chosen_epoch
-    stored = {path.parent.name for path in place.glob(f"{first.run.name}/choose/epoch-*/{MANIFEST}")}
-    assert first.checkpoint.name in stored
-
-    shutil.rmtree(first.run)
-    resumed = trainer.fit(cfg, tmp_path)
-    assert not [line for line, _ in read(resumed.run / PROGRESS) if line["kind"] == "epoch"], "nothing trains"
-    assert resumed.history == first.history and resumed.checkpoint == first.checkpoint
-    assert_same(first.checkpoint, resumed.checkpoint)

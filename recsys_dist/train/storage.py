@@ -13,6 +13,7 @@ from typing import Any
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from upath import UPath
+from upath.implementations.cloud import CloudPath
 
 from recsys_dist.data.output import naming, write_text
 from recsys_dist.errors import CheckpointError, ConfigError, DataError, RecsysError, StoreError
@@ -23,7 +24,7 @@ AnyPath = Path | UPath
 def root(url: str) -> AnyPath:
     """The directory of a URL or local path. ConfigError for a protocol that nothing here speaks."""
     try:
-        found = UPath(url, use_listings_cache=False)  # others write there too
+        found = UPath(url)
         if isinstance(found, Path):
             return Path(url).absolute()
         assert found.fs
@@ -39,9 +40,11 @@ def below(url: str | None, run: Path) -> AnyPath:
 
 def probe(url: str) -> None:
     """ConfigError where checkpoints could not be written to, read from, and deleted from `url`."""
-    file = root(url) / ".probe"
+    directory = root(url)
+    file = directory / ".probe"
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        if not isinstance(directory, CloudPath):  # it would make a bucket of a name that is misspelt
+            directory.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"written")
         assert file.read_bytes() == b"written"
         file.unlink()
@@ -132,6 +135,7 @@ def listed(path: AnyPath, prefix: str = "") -> list[AnyPath]:
             if isinstance(path, Path):
                 names = [child.name for child in path.iterdir()]
             else:
+                path.fs.invalidate_cache()  # others write there too
                 names = [PurePosixPath(name).name for name in path.fs.ls(path.path, detail=False)]
     except FileNotFoundError:
         return []

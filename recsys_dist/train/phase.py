@@ -28,7 +28,7 @@ from recsys_dist.data.order import (
     with_trained,
 )
 from recsys_dist.data.prepared import Prepared
-from recsys_dist.errors import NonFiniteLossError, StoreError, SupersededError
+from recsys_dist.errors import CheckpointError, NonFiniteLossError, StoreError, SupersededError
 from recsys_dist.metrics import LESS_IS_BETTER
 from recsys_dist.models.calibration import Points
 from recsys_dist.models.protocol import model_module
@@ -296,6 +296,7 @@ class _Attempt:
             )
             now = {"step": first + totals.steps, "position": position, "rollbacks": self.rollbacks}
             common.only_if(common.fence.holds)
+            self._wait()
             common.background.save(
                 self.root,
                 self.sharded,
@@ -353,7 +354,7 @@ class _Attempt:
 
     def _commit(self) -> Checkpoint:
         common = self.common
-        common.background.wait()
+        self._wait()
         common.only_if(common.fence.holds)
         workers = common.background.workers
         saved = saving.save(self.root, self.sharded, self.catalogue, self.manifest, workers)
@@ -363,6 +364,15 @@ class _Attempt:
         common.progress.epoch(self.phase.name, self.phase.epochs, entry, chain.epochs if chain else 0)
         ray.train.report({"phase": self.phase.name, **entry})
         return saved
+
+    def _wait(self) -> None:
+        """Until nothing is being saved; where a store missed what was, training goes on."""
+        try:
+            self.common.background.wait()
+        except CheckpointError as error:
+            if self.cfg.checkpoints is None:
+                raise
+            self.common.progress.notice(self.phase.name, "a checkpoint is left out", [str(error)])
 
     def _retain(self, saved: Checkpoint) -> None:
         """Forget all checkpoints of the phase but this one and that of the best epoch."""

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
-from recsys_dist.errors import CheckpointError, NonFiniteLossError
+from recsys_dist.errors import CheckpointError, NonFiniteLossError, StoreError
 from recsys_dist.models.protocol import Catalogue
 from recsys_dist.train import storage
 from recsys_dist.train.checkpoint import (
@@ -139,10 +139,7 @@ def _write(root: AnyPath, state: dict[str, Any], manifest: Manifest, workers: Wo
             process_group=workers.group,
             no_dist=not dist.is_initialized(),
         )
-    mine = {f.name: entry_of(f) for f in storage.listed(path) if _belongs_to(f.name, workers.rank)}
-    entries: dict[str, FileEntry] = {}
-    for theirs in workers.gather(mine):
-        entries |= theirs
+        entries = _entries(path, workers)
     manifest = Manifest.parse({**manifest.model_dump(), "files": entries})
     refused = None
     if workers.rank == 0:
@@ -155,6 +152,26 @@ def _write(root: AnyPath, state: dict[str, Any], manifest: Manifest, workers: Wo
     if refused is not None:
         raise refused
     return Checkpoint(path, manifest)
+
+
+def _entries(path: AnyPath, workers: Workers) -> dict[str, FileEntry]:
+    """What the manifest says of all files, each read by who wrote it. Collective.
+
+    CheckpointError, on all workers alike, where a store does not give one of them back.
+    """
+    found: dict[str, FileEntry] | StoreError
+    try:
+        with storage.reading(path):
+            mine = [file for file in storage.listed(path) if _belongs_to(file.name, workers.rank)]
+            found = {file.name: entry_of(file) for file in mine}
+    except StoreError as error:
+        found = error
+    entries: dict[str, FileEntry] = {}
+    for theirs in workers.gather(found):
+        if isinstance(theirs, StoreError):
+            raise CheckpointError(str(theirs))
+        entries |= theirs
+    return entries
 
 
 @contextmanager

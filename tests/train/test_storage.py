@@ -63,6 +63,25 @@ def test_a_store_that_fails_is_named(place, save, monkeypatch):
     assert all_below(place) == []
 
 
+def test_after_one_that_a_store_did_not_give_back_the_next_is_whole_and_full(place, monkeypatch):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        sharded, background = sharded_model({}), saving.Background(Workers())
+        saving.watch(sharded, 1.0)
+        with monkeypatch.context() as patched:
+            patched.setattr(type(place.fs), "ls", _silent)
+            background.save(place, sharded, catalogue(), manifest(1))
+            with pytest.raises(CheckpointError, match=r"cannot be read now.*no answer"):
+                background.wait()
+        background.save(place, sharded, catalogue(), manifest(2))
+        background.wait()
+    finally:
+        dist.destroy_process_group()
+    found = latest_valid(place)
+    assert found is not None and (found.manifest.epoch, found.manifest.base) == (2, None)
+    assert all_below(place) == [found.path]
+
+
 def test_a_store_that_does_not_answer_is_not_taken_for_one_without_checkpoints(place, save, monkeypatch):
     save(place, 1)
     for method in ("open", "info", "ls"):

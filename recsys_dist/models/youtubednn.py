@@ -39,7 +39,7 @@ class Config(ModelConfig):
     )
     embedding_std: float = Field(0.05, gt=0, description="all tables start as N(0, std²)")
     hidden: tuple[int, ...] | None = Field(
-        (256,), description="() is one linear layer; null none at all: the mean itself is the user's vector"
+        (256,), description="() is one linear layer; null none at all: the user is the embeddings' sum"
     )
     shared: bool | None = Field(
         None, description="one table for items watched and to recommend, as in BARS; default: the paper's two"
@@ -63,13 +63,13 @@ class Config(ModelConfig):
 
     @model_validator(mode="after")
     def _compatible(self) -> "Config":
-        if self.normalise and self.item_bias:
-            raise ValueError("item_bias has no meaning for vectors of length 1; switch normalise off")
-        if (self.shared or self.hidden is None) and (self.item_bias or self.embedding_dim != self.output_dim):
+        if (self.shared or self.hidden is None) and self.embedding_dim != self.output_dim:
             raise ValueError(
-                "shared tables, and a user vector that is a mean of theirs, are as wide as what is "
-                "recommended: give embedding_dim and output_dim one value, and no item_bias"
+                "shared tables, and tables whose rows' sum is the user's vector, are as wide as what is "
+                "recommended: give embedding_dim and output_dim one value"
             )
+        if self.shared and self.item_bias:
+            raise ValueError("item_bias is kept beside the vectors to recommend; with shared=true it cannot")
         return self
 
 
@@ -123,15 +123,20 @@ class Model(nn.Module):
         item = schema.item_id.name
         if cfg.shared and item not in of:
             raise ConfigError("youtubednn: shared=true needs a sequence of item ids, and there is none")
-        if cfg.hidden is None and chosen not in [{f.name} for f in schema.item_sequences]:
+        as_wide = {f.name for f in schema.ids if schema.table(f) in of or cfg.side_dim == cfg.output_dim}
+        if cfg.hidden is None and not as_wide >= {*chosen}:
             raise ConfigError(
-                f"youtubednn: hidden=null takes the mean of one sequence of items for the user, and it reads "
-                f"{', '.join(sorted(chosen))}; name the sequence with features=[...]"
+                f"youtubednn: hidden=null adds embeddings of {cfg.output_dim} dimensions, and "
+                f"{', '.join(sorted({*chosen} - as_wide))} has none such; "
+                f"choose with features=[...], or set side_dim={cfg.output_dim}"
             )
         return schema.select({*chosen, *of, item})
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """[B, D] user vectors; with `item_bias` [B, D + 4]: the inner product adds the mean of 4 weights."""
+        """[B, D] user vectors; with `item_bias` [B, D + 4]: the inner product adds the mean of 4 weights.
+
+        With `normalise` the first D of users and items have length 1: a cosine, and how popular the item is.
+        """
         return self._users(pooled(self.tables(batch.sparse), self.names), batch)
 
     def item_vectors(self) -> torch.Tensor:
@@ -182,9 +187,14 @@ class Model(nn.Module):
             # a mean of one video and of fifty look alike; how long each history is tells them apart
             lengths = [torch.log1p(batch.sparse[name].lengths().float()) for name in self.sequences]
             embedded = self.tower(torch.cat([embedded, batch.dense, torch.stack(lengths, dim=1) / 4], dim=1))
-        if self.cfg.normalise:
-            return F.normalize(embedded, dim=1)
-        return F.pad(embedded, (0, DIM_UNIT), value=1 / DIM_UNIT) if self.cfg.item_bias else embedded
+        else:
+            embedded = embedded.view(batch.rows, len(self.names), -1).sum(dim=1)
+        user_BD = self._normalised(embedded)
+        return F.pad(user_BD, (0, DIM_UNIT), value=1 / DIM_UNIT) if self.cfg.item_bias else user_BD
 
     def _normalised(self, vectors: torch.Tensor) -> torch.Tensor:
-        return F.normalize(vectors, dim=1) if self.cfg.normalise else vectors
+        """[N, D or D + 4] with the first D at length 1, where the model's are."""
+        if not self.cfg.normalise:
+            return vectors
+        direction, bias = vectors[:, : self.cfg.output_dim], vectors[:, self.cfg.output_dim :]
+        return torch.cat([F.normalize(direction, dim=1), bias], dim=1)

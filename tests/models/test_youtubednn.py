@@ -40,7 +40,14 @@ MEAN = Config(shared=True, hidden=None, features=("watched",), normalise=False, 
 
 
 @pytest.mark.parametrize(
-    "cfg", [Config(), Config(normalise=False, temperature=1, item_bias=True), Config(shared=True), MEAN]
+    "cfg",
+    [
+        Config(),
+        Config(item_bias=True),
+        Config(normalise=False, temperature=1, item_bias=True),
+        Config(shared=True),
+        MEAN,
+    ],
 )
 def test_loss_is_the_sampled_softmax_of_vectors_and_counts(cfg: Config) -> None:
     model, _ = build(cfg)
@@ -56,10 +63,16 @@ def test_loss_is_the_sampled_softmax_of_vectors_and_counts(cfg: Config) -> None:
         assert model.loss(batch, 3)[row].item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_bias_adds_the_mean_of_an_item_vectors_last_entries() -> None:
-    model, _ = build(Config(normalise=False, item_bias=True))
+@pytest.mark.parametrize("normalise", [False, True])
+def test_bias_adds_the_mean_of_an_item_vectors_last_entries(normalise: bool) -> None:
+    model, _ = build(Config(normalise=normalise, item_bias=True))
     users = model(random_batch(Model.inputs(small_schema(), Config()), 5, rng_for(2, "rows")))
     assert users[:, 64:].tolist() == [[0.25] * 4] * 5
+    items = model.item_vectors()
+    assert items[:, 64:].std() > 0.01
+    for vectors in (users, items):
+        lengths = vectors[:, :64].norm(dim=1)
+        assert torch.allclose(lengths, torch.ones_like(lengths)) == normalise
 
 
 def test_with_one_table_and_no_tower_a_user_is_the_mean_of_her_items() -> None:
@@ -70,6 +83,19 @@ def test_with_one_table_and_no_tower_a_user_is_the_mean_of_her_items() -> None:
         expected = items[watched.long()].mean(dim=0) if len(watched) else torch.zeros(64)
         assert torch.allclose(user, expected, atol=1e-6)
     assert [len(weights) for weights in model.table_groups().values()] == [1]
+
+
+def test_without_a_tower_a_user_is_the_sum_of_her_embeddings() -> None:
+    cfg = Config(hidden=None, side_dim=64, features=("watched", "user"), item_bias=True)
+    model, _ = build(cfg)
+    batch = random_batch(Model.inputs(small_schema(), cfg), 9, rng_for(6, "rows"))
+    tables = {name: bag.weight for name, bag in model.tables.embedding_bags.items()}
+    watched, user = (tables[small_schema().table(small_schema()[name])] for name in ("watched", "user"))
+    lists = batch.sparse["watched"].to_dense()
+    for row, (of, items) in enumerate(zip(batch.sparse["user"].values(), lists, strict=True)):
+        mean = watched[items.long()].mean(dim=0) if len(items) else torch.zeros(64)
+        expected = torch.nn.functional.normalize(mean + user[of], dim=0)
+        assert torch.allclose(model(batch)[row, :64], expected, atol=1e-6)
 
 
 def test_an_unknown_positive_teaches_nothing() -> None:
@@ -93,14 +119,14 @@ def test_what_it_cannot_do_is_refused() -> None:
         Model.inputs(schema, Config(features=("user",)))
     with pytest.raises(ConfigError, match="did you mean 'watched'"):
         Model.inputs(schema, Config(features=("watchd",)))
-    with pytest.raises(ConfigError, match="mean of one sequence of items"):
-        Model.inputs(schema, Config(hidden=None))
+    with pytest.raises(ConfigError, match=r"adds embeddings of 64 dimensions, and .*user.* has none such"):
+        Model.inputs(schema, Config(hidden=None, features=("watched", "user")))
     with pytest.raises(ConfigError, match="sequence of item ids"):
         Model.inputs(schema, Config(shared=True, features=("watched_authors",)))
     with pytest.raises(ConfigError, match="one value"):
         Config.parse({"shared": True, "output_dim": 32})
-    with pytest.raises(ConfigError, match="item_bias has no meaning"):
-        Config.parse({"item_bias": True})
+    with pytest.raises(ConfigError, match="with shared=true it cannot"):
+        Config.parse({"shared": True, "item_bias": True})
 
 
 @pytest.mark.parametrize("loss", ["bpr", "gbce"])

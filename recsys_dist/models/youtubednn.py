@@ -68,8 +68,6 @@ class Config(ModelConfig):
                 "shared tables, and tables whose rows' sum is the user's vector, are as wide as what is "
                 "recommended: give embedding_dim and output_dim one value"
             )
-        if self.shared and self.item_bias:
-            raise ValueError("item_bias is kept beside the vectors to recommend; with shared=true it cannot")
         return self
 
 
@@ -90,10 +88,14 @@ class Model(nn.Module):
             schema.table(f): cfg.embedding_dim if schema.table(f) in of_sequences else cfg.side_dim
             for f in read
         }
+        vector_dim = cfg.output_dim + DIM_UNIT * cfg.item_bias
+        if cfg.shared:
+            dims[self.item] = vector_dim
+        self.widths = [dims[schema.table(f)] for f in read]
         sought = [*read, schema.item_id] if cfg.shared else read
         self.tables = embedding_tables(schema, sought, dims, normal(cfg.embedding_std))
         self.sequences = [feature.name for feature in schema.sequences]
-        inputs = sum(dims[schema.table(f)] for f in read) + len(schema.dense) + len(self.sequences)
+        inputs = sum(self.widths) + len(schema.dense) + len(self.sequences)
         if cfg.hidden is None:
             self.tower = None
         elif cfg.output_activation:
@@ -101,7 +103,6 @@ class Model(nn.Module):
         else:
             self.tower = MLP(inputs, cfg.hidden, cfg.activation, cfg.dropout, out=cfg.output_dim)
         if not cfg.shared:
-            vector_dim = cfg.output_dim + DIM_UNIT * cfg.item_bias
             self.item_tables = embedding_tables(
                 schema, [schema.item_id], vector_dim, normal(cfg.embedding_std), prefix="output_"
             )
@@ -188,7 +189,8 @@ class Model(nn.Module):
             lengths = [torch.log1p(batch.sparse[name].lengths().float()) for name in self.sequences]
             embedded = self.tower(torch.cat([embedded, batch.dense, torch.stack(lengths, dim=1) / 4], dim=1))
         else:
-            embedded = embedded.view(batch.rows, len(self.names), -1).sum(dim=1)
+            summands = torch.split(embedded, self.widths, dim=1)
+            embedded = torch.stack([rows[:, : self.cfg.output_dim] for rows in summands]).sum(dim=0)
         user_BD = self._normalised(embedded)
         return F.pad(user_BD, (0, DIM_UNIT), value=1 / DIM_UNIT) if self.cfg.item_bias else user_BD
 

@@ -46,6 +46,7 @@ MEAN = Config(shared=True, hidden=None, features=("watched",), normalise=False, 
         Config(item_bias=True),
         Config(normalise=False, temperature=1, item_bias=True),
         Config(shared=True),
+        Config(shared=True, item_bias=True),
         MEAN,
     ],
 )
@@ -85,15 +86,17 @@ def test_with_one_table_and_no_tower_a_user_is_the_mean_of_her_items() -> None:
     assert [len(weights) for weights in model.table_groups().values()] == [1]
 
 
-def test_without_a_tower_a_user_is_the_sum_of_her_embeddings() -> None:
-    cfg = Config(hidden=None, side_dim=64, features=("watched", "user"), item_bias=True)
+@pytest.mark.parametrize("shared", [False, True])
+def test_without_a_tower_a_user_is_the_sum_of_her_embeddings(shared: bool) -> None:
+    features = ("watched", "user")
+    cfg = Config(hidden=None, side_dim=64, features=features, item_bias=True, shared=shared)
     model, _ = build(cfg)
     batch = random_batch(Model.inputs(small_schema(), cfg), 9, rng_for(6, "rows"))
     tables = {name: bag.weight for name, bag in model.tables.embedding_bags.items()}
     watched, user = (tables[small_schema().table(small_schema()[name])] for name in ("watched", "user"))
     lists = batch.sparse["watched"].to_dense()
     for row, (of, items) in enumerate(zip(batch.sparse["user"].values(), lists, strict=True)):
-        mean = watched[items.long()].mean(dim=0) if len(items) else torch.zeros(64)
+        mean = watched[items.long(), :64].mean(dim=0) if len(items) else torch.zeros(64)
         expected = torch.nn.functional.normalize(mean + user[of], dim=0)
         assert torch.allclose(model(batch)[row, :64], expected, atol=1e-6)
 
@@ -125,8 +128,6 @@ def test_what_it_cannot_do_is_refused() -> None:
         Model.inputs(schema, Config(shared=True, features=("watched_authors",)))
     with pytest.raises(ConfigError, match="one value"):
         Config.parse({"shared": True, "output_dim": 32})
-    with pytest.raises(ConfigError, match="with shared=true it cannot"):
-        Config.parse({"shared": True, "item_bias": True})
 
 
 @pytest.mark.parametrize("loss", ["bpr", "gbce"])

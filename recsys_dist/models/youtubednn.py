@@ -134,9 +134,10 @@ class Model(nn.Module):
         return schema.select({*chosen, *of, item})
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """[B, D] user vectors; with `item_bias` [B, D + 4]: the inner product adds the mean of 4 weights.
+        """[B, D] user vectors; with `item_bias` [B, D + 4]: the inner product adds √τ times the mean of 4 weights.
 
         With `normalise` the first D of users and items have length 1: a cosine, and how popular the item is.
+        (√τ has the weights learn as fast as the D beside them, with which they share a row's step size.)
         """
         return self._users(pooled(self.tables(batch.sparse), self.names), batch)
 
@@ -192,7 +193,9 @@ class Model(nn.Module):
             summands = torch.split(embedded, self.widths, dim=1)
             embedded = torch.stack([rows[:, : self.cfg.output_dim] for rows in summands]).sum(dim=0)
         user_BD = self._normalised(embedded)
-        return F.pad(user_BD, (0, DIM_UNIT), value=1 / DIM_UNIT) if self.cfg.item_bias else user_BD
+        if not self.cfg.item_bias:
+            return user_BD
+        return F.pad(user_BD, (0, DIM_UNIT), value=self.cfg.temperature**0.5 / DIM_UNIT)
 
     def _normalised(self, vectors: torch.Tensor) -> torch.Tensor:
         """[N, D or D + 4] with the first D at length 1, where the model's are."""

@@ -66,9 +66,9 @@ def test_loss_is_the_sampled_softmax_of_vectors_and_counts(cfg: Config) -> None:
 
 @pytest.mark.parametrize("normalise", [False, True])
 def test_bias_adds_the_mean_of_an_item_vectors_last_entries(normalise: bool) -> None:
-    model, _ = build(Config(normalise=normalise, item_bias=True))
+    model, _ = build(Config(normalise=normalise, item_bias=True, temperature=0.25))
     users = model(random_batch(Model.inputs(small_schema(), Config()), 5, rng_for(2, "rows")))
-    assert users[:, 64:].tolist() == [[0.25] * 4] * 5
+    assert users[:, 64:].tolist() == [[0.125] * 4] * 5
     items = model.item_vectors()
     assert items[:, 64:].std() > 0.01
     for vectors in (users, items):

@@ -134,7 +134,7 @@ class Model(nn.Module):
         return schema.select({*chosen, *of, item})
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """[B, D] user vectors; with `item_bias` [B, D + 4]: the inner product adds √τ times the mean of 4 weights.
+        """[B, D] user vectors; with `item_bias` [B, D + 4]: √τ times the mean of an item's 4 last counts too.
 
         With `normalise` the first D of users and items have length 1: a cosine, and how popular the item is.
         (√τ has the weights learn as fast as the D beside them, with which they share a row's step size.)

@@ -14,6 +14,7 @@ reuses what is unchanged, and continues what was interrupted.
 
 import argparse
 import sys
+from pathlib import Path
 
 from jobs.command import options, reported, settings_help
 from recsys_dist.config import load_yaml
@@ -41,13 +42,14 @@ def parse(argv: list[str]) -> tuple[PrepareConfig, str]:
     parser.add_argument("--config", help="YAML file with settings")
     parser.add_argument("--out", required=True, help="directory of the prepared data")
     args = options(parser, argv, PrepareConfig)
-    named = [word for word in args.words if "=" not in word]
+    settings = [word for word in args.words if "=" in word and not Path(word).exists()]  # day=1/log.yaml
+    named = [word for word in args.words if word not in settings]
     if named[2:]:
         raise ConfigError(f"{named[2]!r} is neither a source, its path, nor key=value")
     values = load_yaml(args.config) if args.config else {}
     if named:
         values["source"] = _source(*named).model_dump(mode="json") if named[1:] else {"kind": named[0]}
-    return PrepareConfig.parse(values).override([word for word in args.words if "=" in word]), args.out
+    return PrepareConfig.parse(values).override(settings), args.out
 
 
 def _source(kind: str, path: str) -> SourceConfig:
@@ -67,12 +69,13 @@ def summary(prepared: Prepared) -> str:
     manifest = prepared.manifest
     ledger = manifest.ledger
     refused = "".join(f"\n  {rows:>12,}  {reason}" for reason, rows in ledger["quarantined"].items())
+    files = "".join(f"file refused: {said}\n" for said in ledger["refused"].values())
     rows = {name: shards.total_rows for name, shards in manifest.splits.items()}
     split = manifest.config["split"]
     vocabularies = _limited(prepared) + _hashed(prepared)
     return (
         f"{ledger['read']:,} rows read = {ledger['kept']:,} kept + "
-        f"{ledger['read'] - ledger['kept']:,} quarantined{refused}\n"
+        f"{ledger['read'] - ledger['kept']:,} quarantined{refused}\n{files}"
         f"train {rows['ranking/train']:,} exposures, validation {rows['ranking/valid']:,} "
         f"(from {split['valid_from']}), test {rows['ranking/test']:,} (from {split['test_from']}); "
         f"{len(prepared.items):,} items, {len(prepared.schema.features)} features\n{vocabularies}"

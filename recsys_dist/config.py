@@ -4,13 +4,15 @@ import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from recsys_dist.errors import ConfigError
+
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # int64, which PyTorch takes
 
 
 class Config(BaseModel):
@@ -33,7 +35,7 @@ class Config(BaseModel):
             key, equals, text = assignment.partition("=")
             if not equals:
                 raise ConfigError(f"override {assignment!r} is not of the form key=value")
-            _assign(values, key.strip(), _parse_yaml(text, where=assignment))
+            _assign(values, key.strip(), parse_yaml(text, where=assignment))
         return type(self).parse(values)
 
     def digest(self) -> str:
@@ -57,7 +59,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {str(path)!r} cannot be read: {error}") from None
-    values = _parse_yaml(text, where=str(path))
+    values = parse_yaml(text, where=str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"config file {str(path)!r} holds {type(values).__name__}, not key: value lines")
     return values
@@ -78,11 +80,13 @@ def nearest(name: str, known: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
 
 
-def _parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """What YAML `text` says; a ConfigError of one line that names `where` it stands."""
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: 2022-13-01 is no date
-        raise ConfigError(f"{where}: not valid YAML: {error}") from None
+        said = " ".join(str(error).split())  # YAML's own has lines
+        raise ConfigError(f"{where}: not valid YAML: {said}") from None
 
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:

@@ -19,6 +19,8 @@ Side = Literal["user", "item", "context"]
 RESERVED = frozenset(
     {"user_id", "item_id", "timestamp", "row_id", "weight", "truth", "seen", "bayes_probability"}
 )
+# Columns that the canonical log has beside labels and context, or that reading it adds.
+LOG_COLUMNS = frozenset({"date", "history", "row"})
 
 
 def _unset(value: object) -> bool:
@@ -206,6 +208,16 @@ class Schema(Config):
         reserved = sorted(RESERVED & {*names, *labels})
         if reserved:
             raise ValueError(f"name {reserved[0]!r} is a column of the prepared data itself; choose another")
+        read = {column for feature in self.features if (column := column_of(feature)) is not None}
+        if taken := sorted(LOG_COLUMNS & {*labels, *read}):
+            raise ValueError(
+                f"{taken[0]!r} is a column of the log itself; call the label or context otherwise"
+            )
+        if outcomes := sorted(read & {*labels, "timestamp"}):
+            raise ValueError(
+                f"a feature reads {outcomes[0]!r}, which is not known when the item is shown; a statistic or "
+                "a sequence reads what was known before, a time feature the hour or the weekday"
+            )
         duplicated = {name for name in names if names.count(name) > 1} | (set(names) & set(labels))
         if duplicated:
             raise ValueError(f"name {sorted(duplicated)[0]!r} is used twice among features and labels")
@@ -226,6 +238,11 @@ class Schema(Config):
                 raise ValueError(f"feature {feature.name!r}: no label {name!r}{nearest(name, labels)}")
         if isinstance(feature, Statistic):
             self._check_statistic(feature)
+        if isinstance(feature, Categorical) and feature.column == "item_id" and feature.hash_buckets:
+            raise ValueError(
+                f"feature {feature.name!r}: items are recommended by the rows of their own id; leave out "
+                f"hash_buckets={feature.hash_buckets}"
+            )
         parents: tuple[str, ...] = ()
         if isinstance(feature, Cross | Sequence):
             parents = (feature.of,) if isinstance(feature.of, str) else feature.of
@@ -356,6 +373,12 @@ class Schema(Config):
     def digest(self) -> str:
         """Identity of the columns' meaning, table sizes included."""
         return digest(self.model_dump(mode="json"))
+
+
+def column_of(feature: Feature) -> str | None:
+    """The raw column that a feature reads; None where it reads other features, or when and what happened."""
+    found: str | None = getattr(feature, "column", getattr(feature, "key", None))
+    return found
 
 
 def side(column: str) -> Side:

@@ -93,6 +93,17 @@ def test_sides() -> None:
             {"kind": "categorical", "name": "n", "column": "x", "hash_buckets": 8, "max_rows": 4},
             "feature 'n': max_rows is of a vocabulary, and hash_buckets keeps none",
         ),
+        ({"kind": "categorical", "name": "n", "column": "click"}, "reads 'click', which is not known when"),
+        ({"kind": "statistic", "name": "n", "key": "click"}, "reads 'click', which is not known when"),
+        ({"kind": "numeric", "name": "n", "column": "timestamp"}, "reads 'timestamp', which is not known"),
+        (
+            {"kind": "categorical", "name": "n", "column": "history"},
+            "'history' is a column of the log itself",
+        ),
+        (
+            {"kind": "categorical", "name": "n", "column": "item_id", "hash_buckets": 8},
+            "feature 'n': items are recommended by the rows of their own id; leave out hash_buckets=8",
+        ),
     ],
 )
 def test_a_wrong_feature_is_named_with_the_way_out(feature: dict[str, Any], message: str) -> None:
@@ -106,6 +117,7 @@ def test_a_wrong_feature_is_named_with_the_way_out(feature: dict[str, Any], mess
         ({"ranking_label": "watch_ms"}, "label 'watch_ms' is not a binary label.*click"),
         ({"recall_positive": ["clicks"]}, "did you mean 'click'"),
         ({"recall_positive": []}, "recall_positive"),
+        ({"labels": [{"name": "row"}], "ranking_label": "row"}, "'row' is a column of the log itself"),
     ],
 )
 def test_a_wrong_label_is_named(changes: dict[str, Any], message: str) -> None:

@@ -36,12 +36,14 @@ class Parsed:
 
 
 def flat(column: pa.ChunkedArray | pa.Array, name: str) -> pa.Array:
-    """One contiguous array; dictionaries decoded, bytes as text. Raises SourceError for nested types."""
+    """One contiguous array; dictionaries decoded, bytes as text. SourceError for types of other values."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     if pa.types.is_nested(array.type):
         raise SourceError(f"column {name!r} holds {array.type}; one value a row is needed")
+    if isinstance(array, pa.ExtensionArray) or pa.types.is_fixed_size_binary(array.type):  # as a UUID
+        raise SourceError(f"column {name!r} holds {array.type}; write it as text")
     if pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type):
         try:
             return array.cast(pa.string())

@@ -12,13 +12,13 @@ import pyarrow.compute as pc
 
 from recsys_dist.data import transforms
 from recsys_dist.data.split import Split
-from recsys_dist.schema import Bucketed, Categorical, Numeric, Schema, Statistic, side
+from recsys_dist.schema import Bucketed, Categorical, Numeric, Schema, Statistic, column_of, side
 
 HISTORY, TRAIN, VALID, LATE_HISTORY, TEST = "history", "train", "valid", "late history", "test"
 FITTED_ON = (HISTORY, TRAIN)
 # by (is it a history row, index of its day's split): a history row of later days is as held out as these days
 PERIODS = np.array([[TRAIN, VALID, TEST], [HISTORY, LATE_HISTORY, TEST]])
-POSITIVE = "positive"  # any label of schema.recall_positive
+POSITIVE = "_positive"  # any label of schema.recall_positive
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,11 @@ def _label_counts(events: pa.Table, schema: Schema) -> dict[str, pa.Array]:
 
 
 def _value(events: pa.Table, column: str, schema: Schema) -> pa.ChunkedArray | pa.Array:
-    numeric = any(isinstance(f, Bucketed | Numeric) and f.column == column for f in schema.features)
-    if not numeric:
+    readers = [feature for feature in schema.features if column_of(feature) == column]
+    if not any(isinstance(reader, Bucketed | Numeric) for reader in readers):
         return events[column].cast(pa.string())
+    if any(isinstance(reader, Categorical | Statistic) for reader in readers):
+        return events[column]  # one of them takes each value for itself
     # Ten bits of mantissa: a thousandth of the value, so that a continuous column has few distinct values.
     mantissa, exponent = np.frexp(transforms.floats(events[column]))
     return pa.array(np.ldexp(np.round(mantissa * 1024) / 1024, exponent), from_pandas=True)

@@ -239,7 +239,8 @@ def collisions(schema: Schema, counts: Counts, users: Entities, items: Entities)
 
 
 def _raw(entities: Entities, column: str) -> pa.ChunkedArray:
-    return pa.chunked_array([entities.ids]) if "." not in column else entities.attribute(column.split(".")[1])
+    _, dot, attribute = column.partition(".")
+    return entities.attribute(attribute) if dot else pa.chunked_array([entities.ids])
 
 
 def _counted(

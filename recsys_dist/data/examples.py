@@ -30,7 +30,8 @@ from recsys_dist.schema import (
     side,
 )
 
-STATE = "state"  # a row that asks for a user's features at a moment, and is no event
+STATE = "_state"  # a row that asks for a user's features at a moment, and is no event
+SPLIT, RANKING, ORDER = "_split", "_ranking", "_order"  # of examples, until they are written
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,12 @@ def features(events: pa.Table, world: World, of: np.ndarray) -> dict[str, pa.Arr
 
 
 def examples(events: pa.Table, world: World, split: Split) -> pa.Table:
-    """Every event that is an example, with features, labels, `split`, `ranking`, `weight` and `order`.
+    """Every event that is an example, with features, labels, `weight`, and SPLIT, RANKING and ORDER:
 
-    ranking  bool: an exposure of the log itself; history rows, whose context is unknown, are not
+    RANKING  bool: an exposure of the log itself; history rows, whose context is unknown, are not
     weight   float32 as an example of recall: 1 for a positive, `schema.recall_exposure_weight` for others,
              0 for an item that the user was shown before (unless `schema.recall_repeats`)
-    order    a hash of user, item and time: sorting by it shuffles the log alike in every run
+    ORDER    a hash of user, item and time: sorting by it shuffles the log alike in every run
     """
     schema = world.encoders.schema
     ranking = ~np.asarray(events["history"])
@@ -84,10 +85,10 @@ def examples(events: pa.Table, world: World, split: Split) -> pa.Table:
     columns |= {name: made[name] for name in ("user_id", "item_id", "timestamp")}
     if "bayes_probability" in made.column_names:
         columns["bayes_probability"] = made["bayes_probability"].cast(pa.float32())
-    columns["split"] = pa.array(split.assign(made["date"]))
-    columns["ranking"] = pa.array(ranking[of])
+    columns[SPLIT] = pa.array(split.assign(made["date"]))
+    columns[RANKING] = pa.array(ranking[of])
     columns["weight"] = pa.array(weight[of].astype(np.float32))
-    columns["order"] = pa.array(_order(made))
+    columns[ORDER] = pa.array(_order(made))
     return pa.table(columns)
 
 
@@ -159,6 +160,7 @@ class _Builder:
         self.user = world.users.positions(self.asked["user_id"])
         self.past_item = world.items.positions(events["item_id"])
         self.item = self.past_item[of]
+        self._pasts: dict[tuple[str | None, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def columns(self) -> dict[str, pa.Array]:
         singles = {
@@ -205,7 +207,7 @@ class _Builder:
 
     def listed(self, feature: ListFeature) -> pa.Array:
         """The items of past events, or the sessions that these belong to."""
-        offsets, at = self.timeline.last(_wanted(self.past, feature), feature.max_length, self.of)
+        offsets, at = self._last(feature)
         if isinstance(feature, Sessions):
             gap_us = round(feature.gap_minutes * transforms.MINUTE_US)
             listed = transforms.sessions(self.past_us[at], offsets, gap_us, feature.sessions)
@@ -216,6 +218,14 @@ class _Builder:
             offsets, at = np.r_[0, np.cumsum(kept)][offsets], at[kept]
         ids = self.world.item_inputs[feature.of][self.past_item[at]]
         return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(ids))
+
+    def _last(self, feature: ListFeature) -> tuple[np.ndarray, np.ndarray]:
+        """Offsets and positions of the events that a list tells of, the same for all attributes of theirs."""
+        what = feature.where, feature.max_length
+        if what not in self._pasts:
+            wanted = _wanted(self.past, feature)
+            self._pasts[what] = self.timeline.last(wanted, feature.max_length, self.of)
+        return self._pasts[what]
 
     @cached_property
     def timeline(self) -> Timeline:

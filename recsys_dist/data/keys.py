@@ -17,6 +17,8 @@ class Keys:
 
     def positions(self, column: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """[n] int32; 0 where null or not among the keys."""
+        if not len(column):
+            return np.empty(0, np.int32)
         text = column.cast(pa.string())
         if len(text) * _FEW < len(self.values):
             known = self._position

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, Self
 
 import numpy as np
@@ -261,19 +261,19 @@ def quarantine(rows: pa.Table, part_name: str, reason: str | list[str]) -> pa.Ta
     Their number is the column `row`, null where there is none.
     """
     number = rows["row"].combine_chunks() if "row" in rows.column_names else pa.nulls(len(rows))
-    raw = rows.select([name for name in rows.column_names if name != "row"]).to_pylist()
+    raw = pa.table({name: _shown(rows[name]) for name in rows.column_names if name != "row"}).to_pylist()
     columns = [
         pa.array([part_name] * len(rows), pa.string()),
         number.cast(pa.int64()),
         pa.array([reason] * len(rows) if isinstance(reason, str) else reason, pa.string()),
-        pa.array([json.dumps(r, default=_plain, ensure_ascii=False) for r in raw], pa.string()),
+        pa.array([json.dumps(r, default=str, ensure_ascii=False) for r in raw], pa.string()),
     ]
     return pa.table(columns, schema=QUARANTINE)
 
 
-def _plain(value: object) -> str:
-    """JSON for the types that it lacks."""
-    return value.isoformat() if isinstance(value, date | datetime) else str(value)
+def _shown(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Moments as text: an impossible one need not be one for Python, whose years end with 9999."""
+    return column.cast(pa.string()) if pa.types.is_temporal(column.type) else column
 
 
 @dataclass(frozen=True)

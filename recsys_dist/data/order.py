@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys_dist.config import rng_for
+from recsys_dist.data.prepared import readable
 
 Intervals = dict[str, list[tuple[int, int]]]  # shard -> positions start:stop, ascending, apart
 _TIME_BINS = 4096
@@ -135,7 +136,8 @@ def microseconds(table: pa.Table) -> np.ndarray:
 
 
 def _timestamps(file: str) -> np.ndarray:
-    return microseconds(pq.read_table(file, columns=["timestamp"], use_threads=False))
+    with readable(file):
+        return microseconds(pq.read_table(file, columns=["timestamp"], use_threads=False))
 
 
 def _joined(intervals: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -295,7 +295,7 @@ def _split(cfg: PrepareConfig, source: Source, rows: dict[dt.date, int]) -> Spli
         published = source.default_split()
         test_from = published.test_from if isinstance(published, Split) else published
         valid_from = valid_from or (published.valid_from if isinstance(published, Split) else None)
-    if test_from is None and valid_from is None:
+    if not rows or (test_from is None and valid_from is None):
         return choose_split(rows)
     if test_from is None:
         raise ConfigError(
@@ -348,7 +348,12 @@ def _check_complete(manifest: Manifest, days: dict[dt.date, int]) -> None:
     assert placed == sum(days.values()), f"{placed} examples written of {sum(days.values())} kept"
     for name in ("ranking/train", "ranking/valid", "ranking/test", "recall/train"):
         if not manifest.splits[name].total_rows:
-            raise DataError(f"split {name!r} is empty; choose other days with valid_from and test_from")
+            wanted = (
+                f", or recall_positive={list(manifest.fitted_schema.recall_positive)}"
+                if "recall" in name
+                else ""
+            )
+            raise DataError(f"split {name!r} is empty; choose other days (valid_from, test_from){wanted}")
 
 
 def _holds(file: Path, fingerprint: str | None = None) -> bool:

@@ -1,6 +1,8 @@
 """A prepared data set on disk: where its files are and what its manifest says."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,6 +55,16 @@ class Manifest(Config):
         return self.fingerprint
 
 
+@contextlib.contextmanager
+def readable(file: str | Path) -> Iterator[None]:
+    """DataError, which names the file that is read within, where it is missing or torn."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: torn JSON, and as pa.ArrowInvalid torn Parquet
+        said = " ".join(str(error).split())  # pyarrow's has lines
+        raise DataError(f"{str(file)!r} cannot be read: {said}; prepare again") from None
+
+
 @dataclass(frozen=True)
 class Prepared:
     """An opened data set. `Prepared.open` raises DataError for a directory that is not one."""
@@ -68,7 +80,9 @@ class Prepared:
                 f"{str(path)!r} holds no prepared data ({MANIFEST} is missing); "
                 "make it with: python -m jobs.prepare"
             )
-        return cls(Path(path), Manifest.parse(json.loads(file.read_text())))
+        with readable(file):
+            values = json.loads(file.read_text())
+        return cls(Path(path), Manifest.parse(values))
 
     @property
     def schema(self) -> Schema:
@@ -85,10 +99,24 @@ class Prepared:
         """Absolute paths of a split's files."""
         return [str(self.path.resolve() / file) for file in self.shards(name).files]
 
+    def extremes(self, name: str, column: str) -> tuple[Any, Any]:
+        """Least and greatest value of a split's column, from its files' footers; None where there is none."""
+        found = []
+        for file in self.files(name):
+            with readable(file):
+                footer = pq.read_metadata(file)
+            at = footer.schema.names.index(column)
+            groups = [footer.row_group(group).column(at).statistics for group in range(footer.num_row_groups)]
+            found += [(group.min, group.max) for group in groups if group is not None and group.has_min_max]
+        least, greatest = zip(*found, strict=True) if found else ((None,), (None,))
+        return min(least), max(greatest)
+
     @cached_property
     def items(self) -> pa.Table:
         """The catalogue in table-row order from row 1: `item_id, row, train_positives, ...`."""
-        return pq.read_table(self.path / "items.parquet")
+        file = self.path / "items.parquet"
+        with readable(file):
+            return pq.read_table(file)
 
     @cached_property
     def encoders(self) -> Encoders:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from recsys_dist.data import logs, transforms
 from recsys_dist.data.counts import Counts
-from recsys_dist.data.examples import World, chunks, examples, sort_events, user_states
+from recsys_dist.data.examples import ORDER, RANKING, SPLIT, World, chunks, examples, sort_events, user_states
 from recsys_dist.data.logs import Ledger, LogSpec
 from recsys_dist.data.output import write_parquet, write_text
 from recsys_dist.data.sources.protocol import Part, Source
@@ -25,7 +25,7 @@ from recsys_dist.data.split import SPLITS, Split
 from recsys_dist.errors import SourceError
 from recsys_dist.schema import Schema
 
-BUCKET, SHARD = "bucket", "shard"
+BUCKET, SHARD, PART = "_bucket", "_shard", "_part"  # no feature, label or context is called so
 PHASES = {"choose": "train", "refit": "valid"}  # of training: the last split that each learns from
 ROW_BITS = 32  # row_id = number of the file << 32 | row within it
 
@@ -60,7 +60,7 @@ class ReadPart:
         """Kept rows with where they came from and the bucket, which holds all events of a user."""
         bucket = (transforms.hash_text(kept["user_id"]) % np.uint64(self.buckets)).astype(np.int32)
         routed = kept.append_column(BUCKET, pa.array(bucket))
-        routed = routed.append_column("part", pa.array(np.full(len(bucket), number, np.int32)))
+        routed = routed.append_column(PART, pa.array(np.full(len(bucket), number, np.int32)))
         return routed.append_column("row", row)
 
 
@@ -73,7 +73,7 @@ def write_bucket(
     """
     for bucket in pc.unique(events[BUCKET]).to_pylist():
         # in the order of the files too, so that of rows that repeat each other the first read is kept
-        order = [(name, "ascending") for name in ("user_id", "timestamp", "item_id", "part", "row")]
+        order = [(name, "ascending") for name in ("user_id", "timestamp", "item_id", PART, "row")]
         chosen = events.filter(pc.equal(events[BUCKET], bucket)).drop_columns([BUCKET]).sort_by(order)
         repeated = logs.duplicates(chosen)
         if keep_duplicates:
@@ -81,7 +81,7 @@ def write_bucket(
         refused = chosen.filter(pa.array(repeated))
         if len(refused):
             _quarantine_duplicates(refused, part_names, out / f"quarantine/duplicates-{bucket:05d}.parquet")
-        kept = chosen.filter(pa.array(~repeated)).drop_columns(["part", "row"])
+        kept = chosen.filter(pa.array(~repeated)).drop_columns([PART, "row"])
         for day in pc.unique(kept["date"]).to_pylist():
             of_day = kept.filter(pc.equal(kept["date"], day)).drop_columns(["date"])
             write_parquet(of_day, out / f"events/date={day}/bucket-{bucket:05d}.parquet")
@@ -96,8 +96,8 @@ def write_bucket(
 
 def _quarantine_duplicates(repeated: pa.Table, part_names: list[str], path: Path) -> None:
     tables = []
-    for number in pc.unique(repeated["part"]).to_pylist():
-        rows = repeated.filter(pc.equal(repeated["part"], number)).drop_columns(["part"])
+    for number in pc.unique(repeated[PART]).to_pylist():
+        rows = repeated.filter(pc.equal(repeated[PART], number)).drop_columns([PART])
         tables.append(logs.quarantine(rows, part_names[number], logs.DUPLICATE))
     write_parquet(pa.concat_tables(tables), path)
 
@@ -152,8 +152,8 @@ def build_bucket(out: Path, bucket: int, world: World, split: Split, shards: dic
     table = examples(events, world, split)
     per_split = np.array([shards[name] for name in SPLITS])
     first = np.r_[0, np.cumsum(per_split)[:-1]]
-    which = np.asarray(table["split"])
-    order = np.asarray(table["order"])
+    which = np.asarray(table[SPLIT])
+    order = np.asarray(table[ORDER])
     shard = first[which] + (order % per_split[which].astype(np.uint64)).astype(np.int64)
     return table.append_column(SHARD, pa.array(shard.astype(np.int32)))
 
@@ -161,11 +161,11 @@ def build_bucket(out: Path, bucket: int, world: World, split: Split, shards: dic
 def write_shards(table: pa.Table, out: Path, shards: dict[str, int]) -> Iterator[dict[str, object]]:
     """Shuffle the shards in `table` and write each: its rows for ranking, and those for recall."""
     for shard in pc.unique(table[SHARD]).to_pylist():
-        rows = table.filter(pc.equal(table[SHARD], shard)).sort_by("order")
-        name = SPLITS[rows["split"][0].as_py()]
+        rows = table.filter(pc.equal(table[SHARD], shard)).sort_by(ORDER)
+        name = SPLITS[rows[SPLIT][0].as_py()]
         number = shard - sum(shards[s] for s in SPLITS[: SPLITS.index(name)])
-        ranking, recall = rows["ranking"], pc.greater(rows["weight"], 0)
-        rows = rows.drop_columns([SHARD, "split", "ranking", "order"])
+        ranking, recall = rows[RANKING], pc.greater(rows["weight"], 0)
+        rows = rows.drop_columns([SHARD, SPLIT, RANKING, ORDER])
         yield _write_shard(rows.filter(ranking).drop_columns(["weight"]), out, f"ranking/{name}", number)
         if name != "test":
             yield _write_shard(rows.filter(recall), out, f"recall/{name}", number)

@@ -42,9 +42,13 @@ def standardise(column: pa.Array | pa.ChunkedArray, scale: Scale) -> np.ndarray:
 
 
 def scaled(values: np.ndarray, scale: Scale) -> np.ndarray:
-    """[n] float32 (x - mean) / deviation of values [n]; NaN becomes 0, the mean."""
+    """[n] float32 (x - mean) / deviation of values [n]; NaN becomes 0, the mean.
+
+    What float32 cannot hold becomes its largest number.
+    """
     x = _logged(values, scale.log)
-    return np.nan_to_num((x - scale.mean) / scale.deviation, nan=0.0).astype(np.float32)
+    most = np.finfo(np.float32).max
+    return np.clip(np.nan_to_num((x - scale.mean) / scale.deviation, nan=0.0), -most, most).astype(np.float32)
 
 
 def quantile_bounds(values: np.ndarray, counts: np.ndarray, buckets: int) -> np.ndarray:

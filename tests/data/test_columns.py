@@ -104,6 +104,9 @@ def test_flat_decodes_and_refuses() -> None:
         flat(pa.array([[1]]), "x")
     with pytest.raises(SourceError, match="not UTF-8"):
         flat(pa.array([b"\xff"]), "x")
+    for sixteen in (pa.binary(16), pa.uuid()):
+        with pytest.raises(SourceError, match=r"'x' holds .*; write it as text"):
+            flat(pa.array([b"0123456789abcdef"], sixteen), "x")
 
 
 def python_number(text: str) -> object:

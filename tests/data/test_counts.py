@@ -90,6 +90,23 @@ def test_positive_is_any_wanted_label_and_unknown_is_not() -> None:
     assert is_positive(table, SCHEMA).tolist() == [True, False, True, False, False]
 
 
+def test_a_number_that_is_a_category_too_is_counted_as_it_is() -> None:
+    plain = SCHEMA.model_dump()
+    both = [{"kind": kind, "name": f"{kind}_n", "column": "n"} for kind in ("categorical", "bucketed")]
+    schema = Schema.parse({**plain, "features": [*plain["features"], *both]})
+    log = events()
+    numbers = np.array([100_001.0, 112_346.0])[np.arange(len(log)) % 2]
+    table = Counts.of(log.append_column("n", pa.array(numbers)), schema, SPLIT).by_column["n"]
+    assert set(table["value"].to_pylist()) == {100_001.0, 112_346.0}
+
+
+def test_a_label_may_be_called_positive() -> None:
+    labels = [*SCHEMA.model_dump()["labels"], {"name": "positive"}]
+    schema = Schema.parse({**SCHEMA.model_dump(), "labels": labels})
+    log = events().append_column("positive", pa.array(np.ones(600, np.int8)))
+    assert Counts.of(log, schema, SPLIT).prior("positive") == 1.0
+
+
 def test_numbers_are_counted_to_a_thousandth() -> None:
     schema = Schema(
         features=(

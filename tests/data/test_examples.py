@@ -4,18 +4,21 @@ import datetime as dt
 import itertools
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from recsys_dist.data import encoders as fitting
+from recsys_dist.data import stages
 from recsys_dist.data.counts import Counts
 from recsys_dist.data.entities import Entities
 from recsys_dist.data.examples import World, chunks, examples, features, sort_events, user_states
-from recsys_dist.data.split import Split
+from recsys_dist.data.split import SPLITS, Split
 from recsys_dist.schema import Schema, Statistic
 from tests.data.small_log import FIRST_DAY, SCHEMA, events, items, users
 
@@ -218,14 +221,41 @@ def wanted_by(row: dict[str, Any], user: str, name: str) -> bool:
 
 def test_examples_of_ranking_are_exposures_and_of_recall_positives(log: pa.Table, world: World) -> None:
     made = examples(log, world, SPLIT)
-    assert pc.sum(made["ranking"]).as_py() == len(log) - pc.sum(log["history"]).as_py()
+    assert pc.sum(made["_ranking"]).as_py() == len(log) - pc.sum(log["history"]).as_py()
     seen, positive = set(), 0
     for row in log.to_pylist():
         pair = (row["user_id"], row["item_id"])
         positive += bool(row["click"] or row["like"]) and pair not in seen
         seen.add(pair)
     assert pc.sum(made["weight"]).as_py() == positive
-    assert len(set(made["order"].to_pylist())) > 0.95 * len(made)
+    assert len(set(made["_order"].to_pylist())) > 0.95 * len(made)
+
+
+def test_labels_and_context_may_be_called_as_what_preparation_adds(log: pa.Table, tmp_path: Path) -> None:
+    """Until its rows are written it adds columns of its own: which shard, in what order, what asks."""
+    own = ("order", "split", "ranking", "shard", "part", "bucket")
+    changed: dict[str, Any] = {
+        "labels": [*SCHEMA.model_dump()["labels"], *({"name": name} for name in own)],
+        "features": [
+            *SCHEMA.model_dump()["features"],
+            {"kind": "categorical", "name": "place", "column": "state"},
+        ],
+    }
+    ones = pa.array(np.ones(len(log), np.int8))
+    for name in own:
+        log = log.append_column(name, ones)
+    log = log.append_column("state", pa.array(np.resize(["open", "shut"], len(log))))
+    schema = Schema.parse({**SCHEMA.model_dump(), **changed})
+    routed = log.append_column(stages.BUCKET, pa.array(np.zeros(len(log), np.int32)))
+    routed = routed.append_column(stages.PART, routed[stages.BUCKET])
+    routed = routed.append_column("row", pa.array(np.arange(len(log))))
+    list(stages.write_bucket(routed, tmp_path, ["a"], keep_duplicates=True))
+    built = stages.build_bucket(tmp_path, 0, world_of(log, schema), SPLIT, dict.fromkeys(SPLITS, 1))
+    written = [w for w in stages.write_shards(built, tmp_path, dict.fromkeys(SPLITS, 1)) if w["rows"]]
+    assert {w["split"] for w in written} >= {f"ranking/{name}" for name in SPLITS}
+    for shard in (pq.read_table(tmp_path / str(w["file"])) for w in written):
+        assert all(pc.sum(shard[name]).as_py() == len(shard) for name in own)
+        assert set(shard["place"].to_pylist()) <= {1, 2}
 
 
 def test_statistics_are_standard_over_training_rows(log: pa.Table, world: World) -> None:

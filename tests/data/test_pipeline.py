@@ -318,6 +318,7 @@ def test_a_corrupt_file_is_named_and_the_rest_is_prepared(log: pa.Table, tmp_pat
     source = corrupted(tmp_path / "log", log)
     made = prepare(config(source, max_quarantined=0.2), tmp_path / "out")
     assert list(made.manifest.ledger["refused"]) == ["log-0.arrow"]
+    assert f"file refused: {made.manifest.ledger['refused']['log-0.arrow']}\n" in summary(made)
     assert made.manifest.ledger["read"] == len(log) - len(log) // 5 - 1
     with pytest.raises(QuarantineError) as refused:
         prepare(config(source, max_quarantined=0.1), tmp_path / "other")

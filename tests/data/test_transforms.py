@@ -44,6 +44,12 @@ def test_a_scale_has_mean_0_and_deviation_1_and_ignores_the_missing() -> None:
     assert got.tolist() == pytest.approx([-0.5 / math.sqrt(0.75), 1.5 / math.sqrt(0.75), 0, 0])
 
 
+def test_a_value_beyond_what_float32_holds_stays_finite() -> None:
+    scale = Scale.fit(np.array([0.0, 1.0]), np.ones(2), log=False)
+    got = transforms.scaled(np.array([1e300, -1e300, np.nan]), scale)
+    assert np.isfinite(got).all() and got[0] == -got[1] == np.finfo(np.float32).max
+
+
 def test_a_logarithmic_scale_takes_log1p_and_negative_as_zero() -> None:
     scale = Scale.fit(np.array([0.0, math.e - 1]), np.array([1, 1]), log=True)
     assert (scale.mean, scale.deviation) == (pytest.approx(0.5), pytest.approx(0.5))

@@ -40,7 +40,7 @@ def naming(url: str) -> Iterator[None]:
     """Turn what goes wrong while reading `url` into a SourceError that says so."""
     try:
         yield
-    except (pa.ArrowException, OSError, EOFError) as error:
+    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
         raise SourceError(f"{url}: cannot be read, {_reason(error)}") from None
 
 
@@ -91,6 +91,14 @@ def find(pattern: str, suffixes: tuple[str, ...]) -> list[File]:
     ]
 
 
+def find_one(path: str, suffixes: tuple[str, ...]) -> File:
+    """The only file that a path means; SourceError where it means several."""
+    found = find(path, suffixes)
+    if len(found) > 1:
+        raise SourceError(f"{path}: {len(found)} files, where one table is read; write it as one file")
+    return found[0]
+
+
 def columns_of(url: str, delimiter: str = ",") -> pa.Schema:
     """Names and types of a file's columns: a Parquet footer's, or what a CSV's first lines look like."""
     system, path = open_file(url)
@@ -102,7 +110,9 @@ def columns_of(url: str, delimiter: str = ",") -> pa.Schema:
         parsing = csv.ParseOptions(
             delimiter=delimiter, invalid_row_handler=lambda _: "skip", newlines_in_values=True
         )
-        return csv.open_csv(stream, options, parsing).schema
+        schema = csv.open_csv(stream, options, parsing).schema
+        assert schema.names  # decoded here, where a name that is not UTF-8 is this file's fault
+        return schema
 
 
 def is_parquet(path: str) -> bool:
@@ -203,6 +213,8 @@ def described(table: pa.Table, id_column: str, key: str, numeric: Iterable[str],
     repeated id, and for text in a numeric attribute.
     """
     require(url, [id_column, *numeric], table.column_names)
+    if key != id_column and key in table.column_names:
+        raise SourceError(f"{url}: has a column {key!r} beside its id {id_column!r}; rename or remove it")
     ids = texts(flat(table[id_column], f"{url}: {id_column}"))
     if ids.null_count:
         raise SourceError(f"{url}: {ids.null_count} rows have no {id_column}; remove or fill them")
@@ -223,10 +235,9 @@ def _attribute(column: pa.ChunkedArray, numeric: bool, where: str) -> pa.Array:
     if not numeric:
         return texts(array)
     parsed = numbers(array)
-    if parsed.bad.any():
-        raise SourceError(
-            f"{where} must be a number, row {parsed.bad.argmax()} has {array[parsed.bad.argmax()]}"
-        )
+    bad = parsed.bad | (~parsed.missing & np.isinf(parsed.values))
+    if bad.any():
+        raise SourceError(f"{where} must be a finite number, row {bad.argmax()} has {array[bad.argmax()]}")
     return pa.array(parsed.values, mask=parsed.missing)
 
 

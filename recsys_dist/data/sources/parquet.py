@@ -21,6 +21,7 @@ What the features are is derived from the columns unless `features` lists them (
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
@@ -200,7 +201,7 @@ class Source:
         prefix = f"{key.removesuffix('_id')}s."
         used = [f for f in self.schema().features if isinstance(f, Numeric | Bucketed)]
         numeric = [f.column.removeprefix(prefix) for f in used if f.column.startswith(prefix)]
-        (file,) = files.find(table.path, files.PARQUET + files.CSV)[:1]
+        file = files.find_one(table.path, files.PARQUET + files.CSV)
         return files.described(files.read_table(file.url), table.id, key, numeric, file.url)
 
 
@@ -260,10 +261,9 @@ def _derived(source: Source, ranking: str, positive: tuple[str, ...]) -> Iterato
     yield Categorical(name="item", column="item_id")
     yield Time(name="hour", part="hour")
     yield Time(name="weekday", part="weekday")
-    file = source._files()[0]
-    types = files.columns_of(file.url)
+    types = _types(source._files())
     for name, column in source.cfg.columns.context.items():
-        numeric = column in types.names and pa.types.is_floating(types.field(column).type)
+        numeric = types.names.count(column) == 1 and pa.types.is_floating(types.field(column).type)
         kind = Numeric if numeric else Categorical
         yield kind(name=f"context_{_slug(name)}", column=name)
     yield from _attributes(source.cfg.users, "users")
@@ -274,6 +274,14 @@ def _derived(source: Source, ranking: str, positive: tuple[str, ...]) -> Iterato
     for name, key in (("user", "user_id"), ("item", "item_id")):
         yield Statistic(name=f"{name}_count", key=key)
         yield Statistic(name=f"{name}_rate", key=key, label=ranking)
+
+
+def _types(found: list[files.File]) -> pa.Schema:
+    """Columns of the first file that can be read; the others, `read` refuses and names."""
+    for file in found:
+        with suppress(SourceError):
+            return files.columns_of(file.url)
+    return pa.schema([])
 
 
 def _renamed(features: Iterable[AnyFeature], taken: set[str]) -> tuple[AnyFeature, ...]:
@@ -292,7 +300,7 @@ def _attributes(table: Table | None, prefix: str) -> Iterator[AnyFeature]:
     """Floats and wide integers are numbers, other values categories; lists, times and titles are left out."""
     if table is None:
         return
-    file = files.find(table.path, files.PARQUET + files.CSV)[0]
+    file = files.find_one(table.path, files.PARQUET + files.CSV)
     types, values = files.columns_of(file.url), files.read_table(file.url)
     files.require(file.url, [table.id], types.names)
     for name in types.names:

@@ -140,5 +140,5 @@ def make(source: Source) -> Made:
         name: {row["user_id"]: row for row in named(user_states(events, world, split, name))}
         for name in ("valid", "test")
     }
-    by_split = {name: [r for r in made if r["split"] == at] for at, name in enumerate(SPLITS)}
+    by_split = {name: [r for r in made if r["_split"] == at] for at, name in enumerate(SPLITS)}
     return Made(events, split, by_split, states)

@@ -37,7 +37,7 @@ def test_the_history_is_every_other_visit_that_is_known(made: Made) -> None:
     for split in ("train", "valid"):
         for row in made.examples[split]:
             assert sorted(row["visited"]) == sorted(trained[row["user_id"]] - {row["item_id"]})
-            assert row["weight"] == row["ranking"] == 1
+            assert row["weight"] == row["_ranking"] == 1
     for user, row in made.states["valid"].items():
         assert set(row["visited"]) == set(row["seen"]) == trained[user]
         assert set(row["truth"]) == published(user) - trained[user]

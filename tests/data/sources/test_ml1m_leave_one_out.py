@@ -33,7 +33,7 @@ def test_training_is_train_input_each_film_after_those_before_it(made: Made) -> 
     rows = made.examples["train"]
     want = {(user, film): films[:at] for user, films in TRAIN.items() for at, film in enumerate(films)}
     assert {(r["user_id"], r["item_id"]): r["films"] for r in rows} == want
-    assert len(rows) == len(want) and all(r["weight"] == r["ranking"] == r["rated"] == 1 for r in rows)
+    assert len(rows) == len(want) and all(r["weight"] == r["_ranking"] == r["rated"] == 1 for r in rows)
 
 
 def test_validation_and_test_are_the_outputs_after_all_that_came_before(made: Made) -> None:

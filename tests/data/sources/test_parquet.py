@@ -8,6 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from recsys_dist.data.encoders import _raw
+from recsys_dist.data.entities import Entities
 from recsys_dist.data.logs import Ledger, LogSpec, validate
 from recsys_dist.data.sources import parquet
 from recsys_dist.data.sources.parquet import Config, Source, recognise
@@ -231,17 +233,46 @@ def test_tables_of_users_and_items_must_be_sound(mine: Path) -> None:
         ("uid,city\n0,Oslo\n,Rome\n", r"users.csv: 1 rows have no uid"),
         ("id,city\n0,Oslo\n", r"users.csv: column 'uid' is missing; did you mean 'id'"),
         ("uid,city\n0,Oslo,7\n", r"users.csv: row 0 does not have the 2 fields"),
+        ("uid,user_id\n0,7\n", r"users.csv: has a column 'user_id' beside its id 'uid'"),
+        ("uid,sc\u00f6re\n0,1.5\n", r"users.csv: cannot be read, .*utf-8"),
     ):
-        (mine / "users.csv").write_text(text)
+        (mine / "users.csv").write_text(text, encoding="latin-1")
         with pytest.raises(SourceError, match=message):
             opened(mine).users()
+
+
+def test_a_table_in_several_files_is_refused_and_not_read_in_part(mine: Path) -> None:
+    (mine / "log.yaml").write_text(MAPPING.replace("users.csv", "u*.csv"))
+    (mine / "users-2.csv").write_text("uid,city,score,note\n3,Rome,2.5,d\n")
+    with pytest.raises(SourceError, match=r"u\*.csv: 2 files, where one table is read"):
+        opened(mine).users()
+
+
+def test_attributes_with_a_dot_in_their_name_are_features(mine: Path) -> None:
+    table = pq.read_table(mine / "items.parquet")
+    pq.write_table(table.rename_columns(["sku", "meta.brand", "price", "tags"]), mine / "items.parquet")
+    source = opened(mine)
+    [brand] = [feature for feature in source.schema().features if feature.name == "item_meta_brand"]
+    described = Entities.of(source.items(), "item_id", pa.array(["0", "1", "2", "3"]))
+    assert _raw(described, brand.column).to_pylist() == ["a", "b", "a", None]
+
+
+def test_features_are_derived_from_the_first_file_that_can_be_read(mine: Path) -> None:
+    whole = opened(mine).schema()
+    (mine / "events/day=2024-05-01/part-0.parquet").write_bytes(b"")
+    assert opened(mine).schema() == whole
+    kept, ledger = read(opened(mine))
+    assert len(kept) == 4 and len(ledger.refused) == 1
 
 
 def test_text_in_a_number_of_a_user_is_an_error(mine: Path) -> None:
     item = "{kind: categorical, name: i, column: item_id}"
     city = "{kind: numeric, name: s, column: users.city}"
     (mine / "log.yaml").write_text(f"{MAPPING}features: [{item}, {city}]")
-    with pytest.raises(SourceError, match=r"users.csv: city must be a number, row 0 has Oslo"):
+    with pytest.raises(SourceError, match=r"users.csv: city must be a finite number, row 0 has Oslo"):
+        opened(mine).users()
+    (mine / "users.csv").write_text("uid,city\n0,1.5\n1,inf\n")
+    with pytest.raises(SourceError, match=r"users.csv: city must be a finite number, row 1 has inf"):
         opened(mine).users()
 
 

@@ -153,6 +153,9 @@ class Behaviours(nn.Module):
         }
         items = [feature for feature in read if feature.name in self.listed]
         others = [feature for feature in read if schema.table(feature) not in self.listed]
+        # these alone are looked up by bags of many ids; the sum of one id is itself
+        listed = [f for f in read if isinstance(f, Sequence) and schema.table(f) in self.listed]
+        self.averaged = [feature.name for feature in listed if feature.name not in self.attended]
         self.tables = embedding_tables(schema, items, self.dim, normal(cfg.embedding_std))
         self.fields = Fields(schema, others, [], cfg) if others else None
         self.workers = WorkerMax()
@@ -183,6 +186,8 @@ class Behaviours(nn.Module):
         for name, ids in (negatives or {}).items():
             bags[_negative(name)] = (ids, torch.ones_like(ids))
         found = self._lookup(bags)
+        for name in self.averaged:
+            found[name] = found[name] / sparse[name].lengths().clamp(min=1)[:, None]
         rates = self.l2(batch) if self.l2 is not None and self.training else {}
         found = {name: pulled(x, rates[name]) if name in rates else x for name, x in found.items()}
         fields = [

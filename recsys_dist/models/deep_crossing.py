@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import nn
 
 from recsys_dist.batch import Batch
-from recsys_dist.models.layers import MLP, Activation, Norm
+from recsys_dist.models.layers import MLP, Activation, Norm, Widths
 from recsys_dist.models.protocol import Catalogue
 from recsys_dist.models.ranking import EmbeddingConfig, Fields, Ranker, embedded
 from recsys_dist.schema import Schema
@@ -23,7 +23,7 @@ from recsys_dist.schema import Schema
 
 class Config(EmbeddingConfig):
     name: Literal["deep_crossing"] = "deep_crossing"
-    hidden: tuple[int, ...] = Field((256, 128), description="inner width of each residual unit")
+    hidden: Widths = Field((256, 128), description="inner width of each residual unit")
     activation: Activation = "relu"
     norm: Norm | None = None
     dropout: float = Field(0.0, ge=0, lt=1)

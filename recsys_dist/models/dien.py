@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from recsys_dist.batch import Batch
+from recsys_dist.config import Seed
 from recsys_dist.models.behaviours import (
     Behaviours,
     History,
@@ -48,7 +49,7 @@ class Config(HistoryConfig):
         True, description="the mean of each history too, which the authors' code has and the paper does not"
     )
     auxiliary: float = Field(1.0, ge=0, description="alpha, weight of the auxiliary loss")
-    negatives_seed: int = 0
+    negatives_seed: Seed = 0
 
 
 class GRU(nn.Module):

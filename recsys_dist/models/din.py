@@ -22,7 +22,7 @@ from recsys_dist.models.behaviours import (
     history_groups,
     with_history,
 )
-from recsys_dist.models.layers import Activation
+from recsys_dist.models.layers import Activation, Widths
 from recsys_dist.models.protocol import Catalogue
 from recsys_dist.models.ranking import Ranker
 from recsys_dist.schema import Schema
@@ -30,7 +30,7 @@ from recsys_dist.schema import Schema
 
 class Config(HistoryConfig):
     name: Literal["din"] = "din"
-    unit_hidden: tuple[int, ...] = Field((36,), min_length=1, description="of the activation unit; fig. 2")
+    unit_hidden: Widths = Field((36,), min_length=1, description="of the activation unit; fig. 2")
     unit_activation: Activation = "dice"
     softmax: bool = Field(False, description="normalise the weights of a history to sum to 1")
 

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 
 from recsys_dist.batch import Batch
-from recsys_dist.models.layers import MLP
+from recsys_dist.models.layers import MLP, Widths
 from recsys_dist.models.protocol import Catalogue
 from recsys_dist.models.ranking import Fields, Ranker, TowerConfig, embedded
 from recsys_dist.schema import Schema
@@ -23,7 +23,7 @@ class Config(TowerConfig):
     """`hidden` is the top MLP's."""
 
     name: Literal["dlrm"] = "dlrm"
-    bottom: tuple[int, ...] = Field((64,), description="widths of the bottom MLP before its last, of D")
+    bottom: Widths = Field((64,), description="widths of the bottom MLP before its last, of D")
     interaction: Literal["dot", "cat"] = "dot"
     embedding_std: float = Field(0.1, ge=0, description="dots of N(0, .01²) vectors would begin at nothing")
 

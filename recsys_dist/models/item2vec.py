@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torchrec import JaggedTensor
 
 from recsys_dist.batch import Batch
+from recsys_dist.config import Seed
 from recsys_dist.models.layers import DIM_UNIT
 from recsys_dist.models.protocol import Catalogue, ModelConfig, Task
 from recsys_dist.models.recall import (
@@ -49,8 +50,8 @@ class Config(ModelConfig):
     window: int = Field(5, ge=1, description="how far apart two items may be to be a pair")
     negatives_per_pair: float = Field(5.0, gt=0, description="N")
     negatives: int = Field(256, ge=1, description="S, drawn anew for every global batch; estimate E_k")
-    negatives_alpha: float = Field(0.75, ge=0, description="0 draws uniformly, 1 by popularity")
-    negatives_seed: int = 0
+    negatives_alpha: float = Field(0.75, ge=0, le=10, description="0 draws uniformly, 1 by popularity")
+    negatives_seed: Seed = 0
     score: Literal["items", "contexts"] = Field("items", description="vectors that recall looks among: u, v")
     subsample: float = Field(1e-3, gt=0, description="share of all events above which an item counts less")
 

@@ -5,19 +5,21 @@ B rows, D embedding dimension, F features
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedTensor, PoolingType
 
 from recsys_dist.errors import ConfigError
-from recsys_dist.schema import IdFeature, Schema
+from recsys_dist.schema import IdFeature, Schema, SingleId
 
 DIM_UNIT = 4  # FBGEMM's sharded kernels ask for table dimensions that are multiples of it
 
 Activation = Literal["relu", "leaky_relu", "prelu", "dice", "gelu", "tanh", "sigmoid"]
 Norm = Literal["batch", "layer"]
+Widths = tuple[Annotated[int, Field(ge=1)], ...]  # of the layers of a tower
 
 
 class WorkerSum(nn.Module):
@@ -244,6 +246,7 @@ def embedding_tables(
     `dim` is that of all tables, or a mapping by table (without `prefix`).
     Features that share a table (an item and the sequences of such items) are looked up in it together.
     Ids are pooled to their mean: a single one is itself, none at all (padding, an empty history) are zeros.
+    (Of single ones as their sum, for which FBGEMM's CPU kernel takes a half to a fifth of the time.)
     `prefix` keeps the names of two collections over the same features apart; `extra` are tables of another
     make in the same collection. ConfigError where the schema is not fitted.
     """
@@ -256,7 +259,7 @@ def embedding_tables(
             num_embeddings=table_rows(shared[0]),
             embedding_dim=dim if isinstance(dim, int) else dim[table],
             feature_names=[feature.name for feature in shared],
-            pooling=PoolingType.MEAN,
+            pooling=PoolingType.SUM if all(isinstance(f, SingleId) for f in shared) else PoolingType.MEAN,
             init_fn=init,
         )
         for table, shared in by_table.items()

@@ -191,6 +191,8 @@ def model_schema(model: ModelConfig, schema: Schema, label: str | None) -> Schem
 
 def _others(name: str) -> ModuleType:
     path, _, attribute = name.partition(":")
+    if not all(path.split(".")):
+        raise ConfigError(f"model {name!r}: name its module in full, as in my_models.tower:Model")
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
@@ -203,5 +205,11 @@ def _others(name: str) -> ModuleType:
         raise ConfigError(
             f"model {name!r}: the module needs a `Config` and a `Model` (recsys_dist/models/protocol.py says "
             f"what they offer){f' and has no {missing[0]}' if missing else '; name it as …:Model'}"
+        )
+    field = module.Config.model_fields.get("name")
+    if field is None or field.default != name:
+        raise ConfigError(
+            f"model {name!r}: its Config must say by which name a checkpoint finds it again: "
+            f'`name: str = "{name}"`'
         )
     return module

@@ -17,7 +17,16 @@ from recsys_dist.config import Config, nearest
 from recsys_dist.errors import ConfigError
 from recsys_dist.models import losses
 from recsys_dist.models.calibration import Calibration
-from recsys_dist.models.layers import DIM_UNIT, MLP, Activation, Norm, embedding_tables, normal, table_rows
+from recsys_dist.models.layers import (
+    DIM_UNIT,
+    MLP,
+    Activation,
+    Norm,
+    Widths,
+    embedding_tables,
+    normal,
+    table_rows,
+)
 from recsys_dist.models.protocol import ModelConfig, Task
 from recsys_dist.schema import IdFeature, Schema, SingleId
 
@@ -58,7 +67,7 @@ class EmbeddingConfig(RankConfig):
 class TowerConfig(EmbeddingConfig):
     """Of rankers with a tower of dense layers."""
 
-    hidden: tuple[int, ...] = (256, 128)
+    hidden: Widths = (256, 128)
     activation: Activation = "relu"
     norm: Norm | None = None
     dropout: float = Field(0.0, ge=0, lt=1)

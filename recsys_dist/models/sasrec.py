@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torchrec import JaggedTensor
 
 from recsys_dist.batch import Batch
+from recsys_dist.config import Seed
 from recsys_dist.models.layers import DIM_UNIT, MLP, Activation, table_rows
 from recsys_dist.models.losses import gbce, gbce_beta, sampled_softmax
 from recsys_dist.models.protocol import Catalogue, ModelConfig, Task
@@ -53,8 +54,10 @@ class Config(ModelConfig):
     tied: bool = Field(True, description="score with the input's item table; else with one of its own")
     loss: Literal["sampled_softmax", "softmax", "gbce"] = "sampled_softmax"
     negatives: int = Field(256, ge=1, description="drawn anew for every global batch; softmax takes all")
-    negatives_alpha: float = Field(0.0, ge=0, description="0 draws uniformly, as gBCE does; 1 by popularity")
-    negatives_seed: int = 0
+    negatives_alpha: float = Field(
+        0.0, ge=0, le=10, description="0 draws uniformly, as gBCE does; 1 by popularity"
+    )
+    negatives_seed: Seed = 0
     calibration: float = Field(0.75, ge=0, le=1, description="t of gBCE; 0: plain binary cross-entropy")
 
     @model_validator(mode="after")

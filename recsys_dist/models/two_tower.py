@@ -28,8 +28,9 @@ from torch.nn import functional as F
 from torchrec import KeyedJaggedTensor
 
 from recsys_dist.batch import Batch
+from recsys_dist.config import Seed
 from recsys_dist.errors import ConfigError
-from recsys_dist.models.layers import DIM_UNIT, MLP, Activation, embedding_tables, normal, pooled
+from recsys_dist.models.layers import DIM_UNIT, MLP, Activation, Widths, embedding_tables, normal, pooled
 from recsys_dist.models.losses import sampled_softmax
 from recsys_dist.models.protocol import Catalogue, ModelConfig, Task
 from recsys_dist.models.recall import LOOKUP_ROWS, GlobalRows, Negatives, listed, of_user, one_id
@@ -52,17 +53,17 @@ class Config(ModelConfig):
     )
     side_dim: int = Field(8, ge=1, multiple_of=DIM_UNIT, description="of all other tables")
     embedding_std: float = Field(0.05, gt=0, description="all tables start as N(0, std²)")
-    hidden: tuple[int, ...] = Field((256,), description="of the user tower")
-    item_hidden: tuple[int, ...] = Field((256,), description="of the item tower")
+    hidden: Widths = Field((256,), description="of the user tower")
+    item_hidden: Widths = Field((256,), description="of the item tower")
     activation: Activation = "relu"
     dropout: float = Field(0.0, ge=0, lt=1)
     output_dim: int = Field(64, ge=1, description="D, of user and item vectors")
     temperature: float = Field(0.07, gt=0, description="τ: cosines are divided by it in training")
     negatives: int = Field(1024, ge=0, description="S, drawn anew for every global batch; 0: in-batch only")
     negatives_alpha: float = Field(
-        0.0, ge=0, description="0 draws uniformly, as in the paper; 1 by popularity"
+        0.0, ge=0, le=10, description="0 draws uniformly, as in the paper; 1 by popularity"
     )
-    negatives_seed: int = 0
+    negatives_seed: Seed = 0
     mask_history: bool = Field(
         False, description="items in the row's own sequences are no negatives of it, as its positive is not"
     )

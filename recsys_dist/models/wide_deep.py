@@ -71,13 +71,10 @@ class Model(Ranker):
         found = batch.sparse.to_dict()
         deep = [self._deep(name, found[name]) for name in self.fields.names if self.of_item[name] == of_item]
         first: Any = self.tower.layers[0]
-        weight = first.weight[:, self.item_inputs if of_item else ~self.item_inputs]
-        hidden = torch.cat([*deep, batch.dense], dim=1) @ weight.T
-        logit = hidden.new_zeros(batch.rows)
-        for name, sides in self.wide_sides.items():
-            if sides == {of_item}:
-                logit = logit + self._wide(name, found[name].values())
-        return Parts(hidden, logit)
+        inputs = first.weight.new_zeros(batch.rows, first.weight.shape[1])
+        inputs[:, self.item_inputs == of_item] = torch.cat([*deep, batch.dense], dim=1)
+        wide = {name: found[name].values() for name, sides in self.wide_sides.items() if sides == {of_item}}
+        return Parts(inputs @ first.weight.T, self._wide(wide, batch.rows))
 
     def join(
         self,
@@ -92,11 +89,9 @@ class Model(Ranker):
         hidden = items.hidden.index_select(0, at)
         user = users.hidden if first.bias is None else users.hidden + first.bias  # None before batch norm
         hidden += user.index_select(0, of)
-        logit = self.tower.after(1, hidden)[:, 0] + users.logit[of] + items.logit[at]
-        for name, sides in self.wide_sides.items():
-            if len(sides) > 1:
-                logit = logit + self._wide(name, crosses[name])
-        return self.calibration(logit)
+        met = {name: crosses[name] for name, sides in self.wide_sides.items() if len(sides) > 1}
+        wide = users.logit[of] + items.logit[at] + self._wide(met, len(of))
+        return self.calibration(self.tower.after(1, hidden)[:, 0] + wide)
 
     def _deep(self, name: str, ids: JaggedTensor) -> torch.Tensor:
         """[n, D] embedding of a deep feature, of an unsharded model."""
@@ -105,10 +100,14 @@ class Model(Ranker):
             return F.embedding_bag(ids.values(), table, ids.offsets(), mode="mean", include_last_offset=True)
         return F.embedding(ids.values(), table)
 
-    def _wide(self, name: str, ids: torch.Tensor) -> torch.Tensor:
-        """[n] weights of a wide feature's ids, of an unsharded model."""
+    def _wide(self, ids: Mapping[str, torch.Tensor], rows: int) -> torch.Tensor:
+        """[rows] sums of the wide features' weights, of an unsharded model; `ids` [rows] of each."""
+        if not ids:  # a model without a wide part has no table of it
+            first: Any = self.tower.layers[0]
+            return first.weight.new_zeros(rows)
         table = self.fields.tables.embedding_bags[WIDE].weight
-        return F.embedding(ids + self.fields.wide_rows[name], table).sum(dim=1) / WIDE_DIM
+        found = torch.stack([values + self.fields.wide_rows[name] for name, values in ids.items()])
+        return F.embedding(found, table).sum(dim=(0, 2)) / WIDE_DIM
 
 
 def _wide_features(schema: Schema, cfg: Config) -> list[SingleId]:

@@ -18,8 +18,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from recsys_dist.batch import Batch
+from recsys_dist.config import Seed
 from recsys_dist.errors import ConfigError
-from recsys_dist.models.layers import DIM_UNIT, MLP, Activation, embedding_tables, normal, pooled
+from recsys_dist.models.layers import DIM_UNIT, MLP, Activation, Widths, embedding_tables, normal, pooled
 from recsys_dist.models.losses import bayesian_personalised_ranking, gbce, gbce_beta, sampled_softmax
 from recsys_dist.models.protocol import Catalogue, ModelConfig, Task
 from recsys_dist.models.recall import Negatives, every_row, lookup, more_rows, of_user, one_id
@@ -38,7 +39,7 @@ class Config(ModelConfig):
         8, ge=1, multiple_of=DIM_UNIT, description="of all other input tables: the user's attributes, context"
     )
     embedding_std: float = Field(0.05, gt=0, description="all tables start as N(0, std²)")
-    hidden: tuple[int, ...] | None = Field(
+    hidden: Widths | None = Field(
         (256,), description="() is one linear layer; null none at all: the user is the embeddings' sum"
     )
     shared: bool | None = Field(
@@ -58,8 +59,8 @@ class Config(ModelConfig):
     )
     calibration: float = Field(0.75, ge=0, le=1, description="t of gBCE; 0: plain binary cross-entropy")
     negatives: int = Field(1024, ge=1, description="S, drawn anew for every global batch")
-    negatives_alpha: float = Field(0.75, ge=0, description="0 draws uniformly, 1 by popularity")
-    negatives_seed: int = 0
+    negatives_alpha: float = Field(0.75, ge=0, le=10, description="0 draws uniformly, 1 by popularity")
+    negatives_seed: Seed = 0
 
     @model_validator(mode="after")
     def _compatible(self) -> "Config":

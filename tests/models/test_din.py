@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from torchrec import KeyedJaggedTensor
 
+from recsys_dist.batch import Batch
 from recsys_dist.config import rng_for
 from recsys_dist.errors import ConfigError
 from recsys_dist.models import behaviours, din
@@ -97,6 +99,24 @@ def test_sequences_that_are_not_attended_are_pooled() -> None:
     assert both.behaviours.widths == [32] and any(isinstance(m, Dice) for m in both.units.modules())
     batch = random_batch(schema, 5, rng_for(0, "rows"))
     assert model(batch).shape == (5,)
+
+
+def test_a_sequence_that_is_not_attended_beside_one_that_is_gives_its_mean() -> None:
+    """Both are of items, and so looked up in one table."""
+    plain = history_schema().model_dump()
+    shown = {**plain["features"][1], "name": "shown", "where": None}
+    schema = Schema.parse({**plain, "features": [*plain["features"], shown]})
+    model = materialise(din.Model(din.Config(histories=("clicked",)), schema), 0)
+    sparse = KeyedJaggedTensor(
+        keys=["item", "clicked", "sessions", "shown"],
+        values=torch.tensor([7, 8, 1, 2, 1, 1, 3, 4, 6], dtype=torch.int32),
+        lengths=torch.tensor([1, 1, 2, 0, 2, 0, 3, 0], dtype=torch.int32),
+    )
+    batch = Batch(torch.zeros(2, 0), sparse, {"click": torch.ones(2)}, torch.ones(2), torch.arange(2))
+    weight = model.behaviours.tables.embedding_bags["item"].weight
+    fields, _ = model.behaviours(batch)
+    expected = torch.cat([weight[[7, 8]], torch.stack([weight[[3, 4, 6]].mean(0), 0 * weight[0]])], dim=1)
+    torch.testing.assert_close(fields, expected)
 
 
 def test_a_schema_without_a_history_is_refused() -> None:

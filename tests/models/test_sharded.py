@@ -14,7 +14,7 @@ from recsys_dist.models.protocol import model_module, model_names
 from recsys_dist.schema import Schema
 from recsys_dist.train.loop import Loss
 from recsys_dist.train.optim import OptimizerConfig
-from recsys_dist.train.sharding import ShardingConfig
+from recsys_dist.train.placement import ShardingConfig
 from tests.batches import random_batch, small_catalogue, small_schema
 from tests.train import truth
 from tests.train.ranks import run_ranks

@@ -80,9 +80,9 @@ def test_joint_gradient_of_both_parts_is_the_residual() -> None:
     torch.testing.assert_close(gradient, expected)
 
 
-@pytest.mark.parametrize("norm", [None, "batch"])
-def test_parts_of_user_and_item_join_to_the_whole(norm: str | None) -> None:
-    model = build(Config(hidden=(8, 4), norm=norm))
+@pytest.mark.parametrize(("norm", "wide"), [(None, None), ("batch", None), (None, ()), (None, ("item",))])
+def test_parts_of_user_and_item_join_to_the_whole(norm: str | None, wide: tuple[str, ...] | None) -> None:
+    model = build(Config(hidden=(8, 4), norm=norm, wide=wide))
     whole = random_batch(Model.inputs(small_schema(), Config()), 9, rng_for(2, "rows"))
     user, item = (dataclasses.replace(whole, dense=whole.dense[:, at : at + 1]) for at in (0, 1))
     rows = torch.arange(9)

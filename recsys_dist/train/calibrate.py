@@ -20,9 +20,9 @@ def fit(kind: Kind, logits: np.ndarray, labels: np.ndarray) -> Points:
     isotonic  rates that rise with z (Zadrozny & Elkan 2002), through the centres of their blocks, so that
               equal rates do not become equal scores (Oron & Flournoy 2017, arXiv 1701.05964)
 
-    The identity where labels are all alike or do not rise with the logits.
+    The identity where logits or labels are all alike, or labels do not rise with the logits.
     """
-    if kind == "none" or not 0 < labels.mean() < 1:
+    if kind == "none" or not 0 < labels.mean() < 1 or logits.min() == logits.max():
         return []
     return _platt(logits, labels) if kind == "platt" else _isotonic(logits, labels)
 

@@ -106,13 +106,18 @@ class Checkpoint:
         """What increments of it are to say."""
         return Base(name=self.path.name, content=digest(self.manifest.model_dump(include={"files"})))
 
+    def stands_on(self) -> list[AnyPath]:
+        """The directories that it is read from: its own, and of an increment the full checkpoint's."""
+        base = self.manifest.base
+        return [self.path, *([] if base is None else [self.path.with_name(base.name)])]
 
-def load(checkpoint: Checkpoint, sharded: ShardedModel) -> None:
-    """Restore weights and optimizer states, wherever they live now. Collective."""
+
+def load(checkpoint: Checkpoint, sharded: ShardedModel, group: dist.ProcessGroup | None = None) -> None:
+    """Restore weights and optimizer states, wherever they live now. Collective, in `group`."""
     dense = _empty_like_saved(checkpoint.path, "dense.")
     if sharded.touched is not None:
         sharded.touched.begin(checkpoint.manifest.base or checkpoint.as_base())
-    _fill(checkpoint.path, {**live_state(sharded), **dense}, dist.is_initialized(), sharded.touched)
+    _fill(checkpoint.path, {**live_state(sharded), **dense}, dist.is_initialized(), sharded.touched, group)
     sharded.optimizers.load_state({key.removeprefix("dense."): value for key, value in dense.items()})
 
 
@@ -260,11 +265,8 @@ def refuse_other_schema(manifest: Manifest, schema: Schema) -> None:
 
 
 def retain(root: AnyPath, keep: Iterable[AnyPath]) -> None:
-    """Delete all checkpoints below `root`, torn ones too, but those to `keep` and their bases.
-
-    One worker calls it.
-    """
-    kept = {path.name for one in keep for path in (one, _base_of(one)) if path is not None}
+    """Delete all checkpoints below `root`, torn ones too, but those to `keep`. One worker calls it."""
+    kept = {path.name for path in keep}
     for path in all_below(root):
         if path.name not in kept:
             storage.remove(path, first=MANIFEST)  # half deleted is torn, not damaged
@@ -287,13 +289,19 @@ def read(path: AnyPath, state: dict[str, Any]) -> None:
     _fill(path, state, together=False)
 
 
-def _fill(path: AnyPath, state: dict[str, Any], together: bool, touched: Touched | None = None) -> None:
+def _fill(
+    path: AnyPath,
+    state: dict[str, Any],
+    together: bool,
+    touched: Touched | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> None:
     """Fill live tensors, collectively where `together`, and mark in `touched` which rows an increment has."""
     base, saved = _base_of(path), _saved(path)
     there = {key: value for key, value in state.items() if base is None or key in saved}
     for at, part in ((path, there), (base, {k: v for k, v in state.items() if k not in there})):
         if at is not None and part:
-            dcp.load(part, storage_reader=storage.reader(at), no_dist=not together)
+            dcp.load(part, storage_reader=storage.reader(at), process_group=group, no_dist=not together)
 
     def piece(names: list[str]) -> dict[str, torch.Tensor]:
         tensors = {name: _empty(saved[name]) for name in names}

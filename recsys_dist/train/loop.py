@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from torch import nn
 from torchrec import KeyedJaggedTensor
 
 from recsys_dist.batch import Batch
-from recsys_dist.errors import NonFiniteLossError
+from recsys_dist.errors import NonFiniteLossError, RecsysError
 from recsys_dist.schema import Schema
 from recsys_dist.train.optim import Optimizers
 from recsys_dist.train.sampling import Stopwatch, Use, added, table_use
@@ -69,6 +69,19 @@ class Workers:
     def agree(self, value: T) -> T:
         """Rank 0's `value`, on every worker. Collective."""
         return self.gather(value)[0]
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` gives on rank 0, or the RecsysError it raises there, on every worker. Collective."""
+        found: Any = None
+        if self.rank == 0:
+            try:
+                found = make()
+            except RecsysError as error:
+                found = error
+        found = self.agree(found)
+        if isinstance(found, RecsysError):
+            raise found
+        return cast("T", found)
 
 
 class Loss(nn.Module):

@@ -28,7 +28,7 @@ from recsys_dist.data.order import (
     with_trained,
 )
 from recsys_dist.data.prepared import Prepared
-from recsys_dist.errors import CheckpointError, NonFiniteLossError, StoreError, SupersededError
+from recsys_dist.errors import CheckpointError, ConfigError, NonFiniteLossError, StoreError, SupersededError
 from recsys_dist.metrics import LESS_IS_BETTER
 from recsys_dist.models.calibration import Points
 from recsys_dist.models.protocol import model_module
@@ -40,6 +40,7 @@ from recsys_dist.train.catalogue import catalogue_of, occurrences
 from recsys_dist.train.checkpoint import Checkpoint, Manifest, Position
 from recsys_dist.train.fence import Fence
 from recsys_dist.train.loop import Epoch, Loss, Totals, Workers, idle_batch
+from recsys_dist.train.plan import balanced
 from recsys_dist.train.progress import Progress, Timer, steps_per_point
 from recsys_dist.train.sampling import Stopwatch, features_of_tables
 from recsys_dist.train.settings import TrainConfig
@@ -91,8 +92,11 @@ class Common:
 
 
 def best_epoch(history: list[dict[str, Any]], metric: str) -> int:
-    """Number (from 1) of the first epoch that no other beats."""
-    values = np.array([entry[metric] for entry in history])
+    """Number (from 1) of the first epoch that no other beats; ConfigError where the metric has no value."""
+    values = np.array([entry[metric] for entry in history], float)  # None, as it is stored, becomes NaN
+    if np.isnan(values).all():
+        where = "the validation rows, as where all of each user's have one outcome; choose by another metric"
+        raise ConfigError(f"no epoch can be chosen: {metric} has no value on {where}")
     return int(np.nanargmax(-values if metric in LESS_IS_BETTER else values)) + 1
 
 
@@ -113,7 +117,7 @@ def finish(common: Common, phase: Phase, rollbacks: int = 0) -> Checkpoint:
             what = f"rollback {rollbacks}, to the newest checkpoint, and on with half the learning rates"
             common.progress.notice(phase.name, what, [str(error)])
         with contextlib.suppress(NonFiniteLossError):  # the same again
-            common.background.wait()
+            attempt.wait()
 
 
 class _Attempt:
@@ -125,8 +129,9 @@ class _Attempt:
         self.phase = phase
         self.root = common.checkpoints / phase.name
         passed_over: list[str] = []
-        mine = checkpoints.latest_valid(self.root, passed_over.append) if self.workers.rank == 0 else None
-        self.newest = common.background.workers.agree(mine)  # who reads all of it takes its time
+        self.newest = common.background.workers.from_first(  # who reads all of it takes its time
+            lambda: checkpoints.latest_valid(self.root, passed_over.append)
+        )
         if passed_over:
             start = self.newest.path.name if self.newest else "its start"
             common.progress.notice(
@@ -190,28 +195,27 @@ class _Attempt:
 
     def _build(self, train: list[Piece]) -> None:
         """The sharded model as the newest checkpoint has it, or as it starts. Collective."""
-        cfg, phase = self.cfg, self.phase
-        splits = ("train", "valid") if phase.valid is None else ("train",)
-        catalogue = catalogue_of(self.common.prepared, self.schema, splits)
+        cfg, phase, common = self.cfg, self.phase, self.common
+        splits = ("train",) if phase.valid else ("train", "valid")
+        catalogue = catalogue_of(common.prepared, self.schema, splits)
         if cfg.model.asks_occurrences:
             catalogue = replace(catalogue, occurrences=self._occurrences(self._mine(train)))
         self.catalogue = catalogue
+        sharding = balanced(cfg, common.prepared, catalogue)
         torch.manual_seed(cfg.seed)
         loss = Loss(model_module(cfg.model.name).Model(cfg.model, self.schema, catalogue))
         groups = loss.model.table_groups()
-        self.sharded = shard(loss, groups, cfg.optimizer, cfg.sharding, cfg.seed, self.common.device)
+        self.sharded = shard(loss, groups, cfg.optimizer, sharding, cfg.seed, common.device)
         if cfg.checkpoint_every_s is not None and cfg.checkpoint_increments > 0:
             saving.watch(self.sharded, cfg.checkpoint_increments)
         if self.newest is not None:
-            checkpoints.load(self.newest, self.sharded)
+            checkpoints.load(self.newest, self.sharded, common.background.workers.group)
         elif cfg.item_vectors is not None:
             vectors_ID = pretrained.item_vectors(cfg.item_vectors, phase.name)
             pretrained.start(self.sharded, self.schema, vectors_ID, cfg.item_vectors_std)
         elif cfg.warm_start is not None:
-            told = warm_start.start(
-                self.sharded, self.schema, self.common.prepared, cfg.warm_start, phase.name
-            )
-            self.common.progress.notice(phase.name, f"{phase.name} starts from {cfg.warm_start}", told)
+            told = warm_start.start(self.sharded, self.schema, common.prepared, cfg.warm_start, phase.name)
+            common.progress.notice(phase.name, f"{phase.name} starts from {cfg.warm_start}", told)
         self._calibrate(phase.calibration)
 
     def _manifest(self) -> Manifest:
@@ -296,7 +300,7 @@ class _Attempt:
             )
             now = {"step": first + totals.steps, "position": position, "rollbacks": self.rollbacks}
             common.only_if(common.fence.holds)
-            self._wait()
+            self.wait()
             common.background.save(
                 self.root,
                 self.sharded,
@@ -354,18 +358,18 @@ class _Attempt:
 
     def _commit(self) -> Checkpoint:
         common = self.common
-        self._wait()
+        self.wait()
         common.only_if(common.fence.holds)
         workers = common.background.workers
         saved = saving.save(self.root, self.sharded, self.catalogue, self.manifest, workers)
-        self._retain(saved)
+        workers.from_first(lambda: self._retain(saved))  # a slow store must not time the others out
         entry = saved.manifest.history[-1]
         chain = saved.manifest.chain
         common.progress.epoch(self.phase.name, self.phase.epochs, entry, chain.epochs if chain else 0)
         ray.train.report({"phase": self.phase.name, **entry})
         return saved
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         """Until nothing is being saved; where a store missed what was, training goes on."""
         try:
             self.common.background.wait()
@@ -378,7 +382,7 @@ class _Attempt:
         """Forget all checkpoints of the phase but this one and that of the best epoch."""
         if self.workers.rank > 0 or not self.common.fence.holds():
             return
-        keep, history = [saved.path], saved.manifest.history
+        keep, history = saved.stands_on(), saved.manifest.history
         best = best_epoch(history, self.cfg.chosen_metric) if self.phase.valid and history else 0
         with contextlib.suppress(StoreError):  # what is not deleted now goes with the next one
             if saved.manifest.position is not None or best < saved.manifest.epoch:  # else it is the best one

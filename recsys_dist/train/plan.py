@@ -13,23 +13,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recsys_dist.batch import Batch
 from recsys_dist.data.collate import collate, columns
 from recsys_dist.data.feed import AHEAD_BYTES
-from recsys_dist.data.prepared import Prepared
+from recsys_dist.data.prepared import Prepared, readable
 from recsys_dist.errors import ConfigError
-from recsys_dist.models.protocol import model_module
+from recsys_dist.models.protocol import Catalogue, model_module
 from recsys_dist.schema import Schema
 from recsys_dist.train.catalogue import catalogue_of
 from recsys_dist.train.loop import Loss
+from recsys_dist.train.placement import Placed, ShardingConfig, place
 from recsys_dist.train.rehearsal import Rehearsed, rehearse
 from recsys_dist.train.settings import TrainConfig
-from recsys_dist.train.sharding import Placed, place
 from recsys_dist.train.starting import BLOCK_ROWS
 
 Share = Literal["weights", "optimizer", "gradients", "lookups", "activations", "batches", "copy", "process"]
 _FLOAT, _ID = 4, 4  # bytes
 _ADAM = 2  # floats of state per dense weight
 _REHEARSED_ROWS = 4096  # at most; a larger part of a batch is taken to need in proportion
+_COUNTED_ROWS = 512  # whose ids are counted
 # Resident in a worker that has trained the smallest model: Python, torch, TorchRec and Ray (CPU builds,
 # 2026-11-23; to measure it by importing them anew takes 7 s). A test holds it to what runs take.
 _PROCESS_BYTES = 567 << 20
@@ -92,18 +94,19 @@ def plan(cfg: TrainConfig, prepared: Prepared, workers: int) -> Plan:
     """What so many workers training `cfg` will hold; ConfigError where they could not train rightly."""
     schema = cfg.inputs(prepared)
     catalogue = catalogue_of(prepared, schema, ("train",))
-    loss = Loss(model_module(cfg.model.name).Model(cfg.model, schema, catalogue))
+    loss = _built(cfg, schema, catalogue)
     groups = loss.model.table_groups()
-    tables = place(loss, groups, cfg.optimizer, cfg.sharding, workers, "cuda" if cfg.use_gpu else "cpu")
+    sharding = balanced(cfg, prepared, catalogue)
+    tables = place(loss, groups, cfg.optimizer, sharding, workers, "cuda" if cfg.use_gpu else "cpu")
     in_tables = {id(weight) for weights in groups.values() for weight in weights}
     dense = sum(w.numel() for w in loss.parameters() if id(w) not in in_tables)
     known = [*loss.buffers(), catalogue.positives, *catalogue.features.values()]
-    shards = prepared.shards(cfg.training_splits(schema)["choose"][0])
     part = max(cfg.parts(workers))
-    sample = _sample(str(prepared.path / shards.files[0]), schema, min(part, _REHEARSED_ROWS))
-    loss.train(not cfg.model.asks_occurrences)  # which are not counted yet, and which only training reads
-    step = rehearse(loss, collate(sample, schema), workers)
-    rows_per_worker = shards.total_rows * cfg.epochs / workers
+    sample = _sample(cfg, prepared, min(part, _REHEARSED_ROWS))
+    step = _rehearsed(loss, cfg, collate(sample, schema), workers)
+    rows_per_worker = (
+        prepared.shards(cfg.training_splits(schema)["choose"][0]).total_rows * cfg.epochs / workers
+    )
     holds = _kept(tables, dense, workers)
     holds["lookups"] = _lookups(tables, step, part, workers)
     holds["activations"] = np.full(workers, _activations(tables, step, cfg, prepared, part))
@@ -119,6 +122,16 @@ def plan(cfg: TrainConfig, prepared: Prepared, workers: int) -> Plan:
         holds=holds,
         exchanged=sent,
         exchange=cfg.sharding.exchange or "fp32",
+    )
+
+
+def balanced(cfg: TrainConfig, prepared: Prepared, catalogue: Catalogue) -> ShardingConfig:
+    """`cfg.sharding`, and how many ids of a row each table is asked for, unless that says so itself."""
+    schema = cfg.inputs(prepared)
+    loss = _built(cfg, schema, catalogue)
+    step = _rehearsed(loss, cfg, collate(_sample(cfg, prepared, _COUNTED_ROWS), schema), workers=1)
+    return ShardingConfig.parse(
+        {**cfg.sharding.model_dump(), "ids": {**step.ids_per_row, **cfg.sharding.ids}}
     )
 
 
@@ -228,9 +241,30 @@ def _exchanged(table: Placed, step: Rehearsed, cfg: TrainConfig, workers: int) -
     return int((asked + 2 * vectors) * (workers - 1) / workers)
 
 
-def _sample(file: str, schema: Schema, rows: int) -> pa.Table:
-    """So many rows from the beginning of a shard, over and over where it has fewer."""
-    with pq.ParquetFile(file) as shard:
+def _built(cfg: TrainConfig, schema: Schema, catalogue: Catalogue) -> Loss:
+    """The model with its loss, unsharded; ConfigError where its dense layers alone are too large."""
+    try:
+        return Loss(model_module(cfg.model.name).Model(cfg.model, schema, catalogue))
+    except RuntimeError as error:
+        if not any(said in str(error) for said in ("allocate memory", "Storage size calculation overflowed")):
+            raise
+        raise ConfigError(
+            f"model {cfg.model.name!r}: its layers do not fit in this machine's memory; lower its widths, "
+            "such as model.hidden"
+        ) from None
+
+
+def _rehearsed(loss: Loss, cfg: TrainConfig, batch: Batch, workers: int) -> Rehearsed:
+    loss.train(not cfg.model.asks_occurrences)  # which are not counted yet, and which only training reads
+    return rehearse(loss, batch, workers)
+
+
+def _sample(cfg: TrainConfig, prepared: Prepared, rows: int) -> pa.Table:
+    """So many rows from the beginning of the first training shard with any, repeated where it has fewer."""
+    schema = cfg.inputs(prepared)
+    shards = prepared.shards(cfg.training_splits(schema)["choose"][0])
+    first = prepared.path / next(file for file, n in zip(shards.files, shards.rows, strict=True) if n)
+    with readable(first), pq.ParquetFile(first) as shard:
         wanted = [name for name in columns(schema) if name in shard.schema_arrow.names]
         table = pa.Table.from_batches([next(shard.iter_batches(rows, columns=wanted))])
     return table.take(np.resize(np.arange(len(table)), rows))

@@ -38,6 +38,11 @@ class Rehearsed:
     vectors: Mapping[str, int]
     live_bytes: int
 
+    @property
+    def ids_per_row(self) -> dict[str, float]:
+        """Table -> how many ids of a row of data are looked up in it."""
+        return {table: count / self.rows for table, count in self.ids.items()}
+
 
 def rehearse(loss: nn.Module, batch: Batch, workers: int) -> Rehearsed:
     """The step of one of so many workers on `batch`; `loss` is of no other use afterwards."""

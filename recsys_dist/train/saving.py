@@ -133,43 +133,42 @@ def _write(root: AnyPath, state: dict[str, Any], manifest: Manifest, workers: Wo
     at = f"epoch-{manifest.epoch:04d}" if manifest.position is None else f"step-{manifest.step:09d}"
     path = root / workers.agree(f"{at}-{uuid.uuid4().hex[:8]}")
     with _removing_torn(path):
-        dcp.save(
+        written = dcp.save(
             state,
             storage_writer=storage.writer(path),
             process_group=workers.group,
             no_dist=not dist.is_initialized(),
         )
         entries = _entries(path, workers)
+        lost = {info.relative_path for info in written.storage_data.values()} - entries.keys()
+        if lost:  # as where a newer group of workers tidies up
+            raise CheckpointError(f"{str(path)!r} lost {', '.join(sorted(lost))} while it was written")
     manifest = Manifest.parse({**manifest.model_dump(), "files": entries})
-    refused = None
-    if workers.rank == 0:
-        try:
-            with _removing_torn(path):
-                storage.put(manifest.model_dump_json(indent=1), path / MANIFEST)
-        except CheckpointError as error:
-            refused = error
-    refused = workers.agree(refused)  # committed for all, or for none
-    if refused is not None:
-        raise refused
+
+    def commit() -> None:
+        with _removing_torn(path):
+            storage.put(manifest.model_dump_json(indent=1), path / MANIFEST)
+
+    workers.from_first(commit)  # for all, or for none
     return Checkpoint(path, manifest)
 
 
 def _entries(path: AnyPath, workers: Workers) -> dict[str, FileEntry]:
     """What the manifest says of all files, each read by who wrote it. Collective.
 
-    CheckpointError, on all workers alike, where a store does not give one of them back.
+    CheckpointError, on all workers alike, where one of them cannot be read back.
     """
-    found: dict[str, FileEntry] | StoreError
+    found: dict[str, FileEntry] | CheckpointError
     try:
         with storage.reading(path):
             mine = [file for file in storage.listed(path) if _belongs_to(file.name, workers.rank)]
             found = {file.name: entry_of(file) for file in mine}
-    except StoreError as error:
-        found = error
+    except (StoreError, OSError) as error:
+        found = CheckpointError(f"{str(path)!r} cannot be read back: {error}")
     entries: dict[str, FileEntry] = {}
     for theirs in workers.gather(found):
-        if isinstance(theirs, StoreError):
-            raise CheckpointError(str(theirs))
+        if isinstance(theirs, CheckpointError):
+            raise theirs
         entries |= theirs
     return entries
 

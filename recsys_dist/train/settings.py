@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator
 
-from recsys_dist.config import Config, digest
+from recsys_dist.config import Config, Seed, digest
 from recsys_dist.data.order import evenly
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import ConfigError
@@ -13,7 +13,7 @@ from recsys_dist.schema import Schema
 from recsys_dist.train import pretrained
 from recsys_dist.train.calibrate import Kind as CalibrationKind
 from recsys_dist.train.optim import OptimizerConfig
-from recsys_dist.train.sharding import ShardingConfig
+from recsys_dist.train.placement import ShardingConfig
 from recsys_dist.train.warm_start import Former
 
 # Metrics to choose an epoch by, the default first; those of recall are at a cut, as in ndcg@20.
@@ -53,7 +53,7 @@ class TrainConfig(Config):
     data: str = Field(description="directory of the prepared data")
     model: SerializeAsAny[ModelConfig]
     label: str | None = Field(None, description="binary label to rank by; default: the schema's")
-    seed: int = 0
+    seed: Seed = 0
     batch_rows: int = Field(4096, ge=1, description="rows of a global batch, over all workers")
     newest_fraction: float = Field(
         1.0, gt=0, le=1, description="train on the newest part of the training rows only, as cheap trials do"
@@ -148,7 +148,7 @@ class TrainConfig(Config):
     def _by_name(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        if "name" not in value:
+        if not isinstance(value.get("name"), str):
             raise ValueError("a model needs its name, as in model.name=wide_deep")
         return model_module(value["name"]).Config.parse(value)
 
@@ -238,6 +238,7 @@ class TrainConfig(Config):
                 f"batch_rows={self.batch_rows} are fewer than the workers (num_workers={self.num_workers}), "
                 "who each need a row: raise the one or lower the other"
             )
+        self._check_rows(prepared)
         if self.optimizer.plateau is not None and self.patience == 1:
             raise ConfigError(
                 "optimizer.plateau lowers the learning rates after an epoch without a better metric; with "
@@ -245,6 +246,11 @@ class TrainConfig(Config):
             )
         if self.item_vectors is not None and self.warm_start is not None:
             raise ConfigError("warm_start and item_vectors both say what tables start from: name one")
+        if self.item_vectors_std is not None and self.item_vectors is None:
+            raise ConfigError(
+                f"item_vectors_std={self.item_vectors_std:g} scales item_vectors, and there are none: name "
+                "them, or leave it out"
+            )
         if self.item_vectors is not None:
             pretrained.check(self.item_vectors, prepared)
         if self.warm_start is not None:
@@ -253,3 +259,23 @@ class TrainConfig(Config):
             raise ConfigError(
                 "label is for ranking models; recall learns the schema's recall_positive events"
             )
+        if self.task == "ranking" and self.chosen_metric != "logloss":
+            label = self.inputs(prepared).ranking_label
+            least, greatest = prepared.extremes("ranking/valid", label)
+            if least is not None and least == greatest:
+                raise ConfigError(
+                    f"label {label!r} is {least:g} in all {prepared.shards('ranking/valid').total_rows:,} "
+                    f"validation rows, so {self.chosen_metric} cannot tell epochs apart: choose them by "
+                    "metric=logloss, learn another label, or prepare the data with another valid_from"
+                )
+
+    def _check_rows(self, prepared: Prepared) -> None:
+        """ConfigError where there is nothing to learn from, or to choose an epoch by."""
+        held_out = "ranking/valid" if self.task == "ranking" else "users/valid"
+        splits = prepared.manifest.splits
+        for split in (*self.training_splits(self.inputs(prepared))["choose"], held_out):
+            if split in splits and not splits[split].total_rows:
+                raise ConfigError(
+                    f"{split!r} of the prepared data {str(prepared.path)!r} has no rows, and "
+                    f"{self.model.name!r} needs them: prepare with another valid_from, or more of the log"
+                )

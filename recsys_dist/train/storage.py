@@ -5,6 +5,7 @@ manifest is put last. What is the same on both, `UPath` does.
 """
 
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -24,9 +25,9 @@ AnyPath = Path | UPath
 def root(url: str) -> AnyPath:
     """The directory of a URL or local path. ConfigError for a protocol that nothing here speaks."""
     try:
-        found = UPath(url)
-        if isinstance(found, Path):
+        if isinstance(UPath(url), Path):
             return Path(url).absolute()
+        found = UPath(url, use_listings_cache=False)  # other workers write there too
         assert found.fs
     except (ValueError, ImportError) as error:  # ImportError names the package to install
         raise ConfigError(f"checkpoints={url!r}: {error}") from None
@@ -38,13 +39,17 @@ def below(url: str | None, run: Path) -> AnyPath:
     return run if url is None else root(url) / run.name
 
 
+def _make(directory: AnyPath) -> None:
+    if not isinstance(directory, CloudPath):  # it would make a bucket of a name that is misspelt
+        directory.mkdir(parents=True, exist_ok=True)
+
+
 def probe(url: str) -> None:
     """ConfigError where checkpoints could not be written to, read from, and deleted from `url`."""
     directory = root(url)
-    file = directory / ".probe"
+    file = directory / f".probe-{uuid.uuid4().hex}"  # other runs may begin just now
     try:
-        if not isinstance(directory, CloudPath):  # it would make a bucket of a name that is misspelt
-            directory.mkdir(parents=True, exist_ok=True)
+        _make(directory)
         file.write_bytes(b"written")
         assert file.read_bytes() == b"written"
         file.unlink()
@@ -76,6 +81,7 @@ def put(text: str, path: AnyPath) -> None:
     if isinstance(path, Path):
         write_text(text, path)
     else:
+        _make(path.parent)
         path.write_text(text, encoding="utf-8")
 
 
@@ -101,7 +107,8 @@ def writing(path: AnyPath) -> Iterator[None]:
     except DataError as error:
         raise CheckpointError(str(error)) from None
     except Exception as error:
-        if isinstance(path, Path) or isinstance(error, RecsysError):
+        # what a worker that is lost raises in the others is a RuntimeError, and not the store's fault
+        if isinstance(path, Path) or isinstance(error, RecsysError | RuntimeError | MemoryError):
             raise
         raise CheckpointError(
             f"{str(path)!r} cannot be written: {type(error).__name__}: {error}; what is committed is kept, "
@@ -135,7 +142,6 @@ def listed(path: AnyPath, prefix: str = "") -> list[AnyPath]:
             if isinstance(path, Path):
                 names = [child.name for child in path.iterdir()]
             else:
-                path.fs.invalidate_cache()  # others write there too
                 names = [PurePosixPath(name).name for name in path.fs.ls(path.path, detail=False)]
     except FileNotFoundError:
         return []
@@ -148,7 +154,8 @@ def fetch(path: AnyPath, into: Path, last: str) -> Path:
     if not (copy / last).exists():
         copy.mkdir(parents=True, exist_ok=True)
         for file in sorted(listed(path), key=lambda file: file.name == last):
-            with file.open("rb") as source, (copy / f".{file.name}.partial").open("wb") as target:
+            partial = copy / f".{file.name}.partial"
+            with reading(file), file.open("rb") as source, partial.open("wb") as target:
                 shutil.copyfileobj(source, target, 1 << 22)
-            (copy / f".{file.name}.partial").replace(copy / file.name)
+            partial.replace(copy / file.name)
     return copy

@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 OnReport = Callable[[dict[str, Any]], None]
 _POLL_S = 0.3
 _FULL_MEMORY = re.compile(r"Memory on the node .* was (\S+) used / (\S+) limit")  # in ray's OutOfMemoryError
+_OF_WORKERS = re.compile(r"^\[Rank .* Error Snippet\]:$", re.MULTILINE)  # in ray.train's WorkerGroupError
 _RESERVE_BYTES = 8192
 BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows [{elapsed}{postfix}]"
 
@@ -77,14 +78,15 @@ def fit(cfg: TrainConfig, out: str | Path, on_report: OnReport | None = None) ->
     prepared = Prepared.open(cfg.data)
     cfg.check(prepared)
     run = run_directory(cfg, prepared, out)
-    _forget_what_is_damaged(run)
+    _forget_what_is_damaged(cfg, run)
     with _reports(run / PROGRESS, on_report):
         if not (run / RESULT).exists():
             refuse_what_does_not_fit(cfg, planned(cfg, prepared))
             if cfg.checkpoints is not None:
                 storage.probe(cfg.checkpoints)
             session.connect()
-            _check_cluster(cfg)
+            check_cluster(cfg)
+            cfg = _from_anywhere(cfg)
             write_text(cfg.to_yaml(), run / "config.yaml")
             write_text(" " * _RESERVE_BYTES, run / RESERVE)
             (run / FAILURE).unlink(missing_ok=True)
@@ -120,8 +122,8 @@ def _bring_here(cfg: TrainConfig, run: Path) -> None:
         storage.fetch(path, run / path.parent.name, last=MANIFEST)
 
 
-def _forget_what_is_damaged(run: Path) -> None:
-    """A finished run whose checkpoint is there, and not whole, is not finished.
+def _forget_what_is_damaged(cfg: TrainConfig, run: Path) -> None:
+    """A finished run whose checkpoint is there, and not whole, is not finished, unless it is a store's copy.
 
     Older checkpoints of its phase, from which to go on, are gone.
     """
@@ -132,6 +134,9 @@ def _forget_what_is_damaged(run: Path) -> None:
         try:
             verify(checkpoint)
         except CheckpointError as error:
+            if storage.below(cfg.checkpoints, run) != run:
+                shutil.rmtree(checkpoint)  # and fetched again
+                return
             log.warning("%r is trained anew: %s", checkpoint.parent.name, error)
             (run / RESULT).unlink()
             shutil.rmtree(checkpoint.parent)
@@ -190,14 +195,13 @@ def _train(cfg: TrainConfig, run: Path) -> None:
     # a worker that hangs alone: with others, their collectives end
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(cfg.timeout_s)
     scratch = run / "ray"  # Ray Train's own files, of no use afterwards: we resume from our checkpoints
-    named = {key: getattr(cfg, key) for key in ("data", "item_vectors", "warm_start")}
-    paths = {key: str(Path(path).absolute()) for key, path in named.items() if path}
-    if cfg.checkpoints is not None:
-        paths["checkpoints"] = str(storage.root(cfg.checkpoints))
-    values = {**cfg.model_dump(mode="json"), **paths}
     trainer = _Trainer(
         train_worker,
-        train_loop_config={"config": values, "run": str(run), "start": take_over(run)},
+        train_loop_config={
+            "config": cfg.model_dump(mode="json"),
+            "run": str(run),
+            "start": take_over(run, cfg.checkpoints),
+        },
         scaling_config=ScalingConfig(
             num_workers=cfg.num_workers,  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=cfg.resize_every_s,  # type: ignore[call-arg]
@@ -227,6 +231,15 @@ def _train(cfg: TrainConfig, run: Path) -> None:
         raise SupersededError(f"{str(run)!r} was started anew by another process, and goes on there")
 
 
+def _from_anywhere(cfg: TrainConfig) -> TrainConfig:
+    """With absolute paths, for workers, and for runs that start from this one, in other directories."""
+    named = {key: getattr(cfg, key) for key in ("data", "item_vectors", "warm_start")}
+    paths = {key: str(Path(path).absolute()) for key, path in named.items() if path}
+    if cfg.checkpoints is not None:
+        paths["checkpoints"] = str(storage.root(cfg.checkpoints))
+    return TrainConfig.parse({**cfg.model_dump(mode="json"), **paths})
+
+
 def _explained(error: Exception | None, run: Path, cfg: TrainConfig) -> RecsysError:
     """What a worker wrote down before it gave up; else that workers were lost too often."""
     if (run / FAILURE).exists():
@@ -242,11 +255,19 @@ def _explained(error: Exception | None, run: Path, cfg: TrainConfig) -> RecsysEr
         )
     return TrainError(
         f"training failed more often than max_failures={cfg.max_failures} allows; {kept}. The last failure: "
-        f"{error}"
+        f"{_without_tracebacks(str(error))}"
     )
 
 
-def _check_cluster(cfg: TrainConfig) -> None:
+def _without_tracebacks(said: str) -> str:
+    """Of Python exceptions what each worker raised, once; the tracebacks are in Ray's logs of the workers."""
+    if "Traceback (most recent call last)" not in said:
+        return said
+    first, *of_workers = _OF_WORKERS.split(said)
+    return "; ".join(dict.fromkeys(part.strip().splitlines()[-1] for part in of_workers or [first]))
+
+
+def check_cluster(cfg: TrainConfig) -> None:
     """ConfigError where the workers could never all be placed: Ray would wait for ever."""
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     workers = cfg.fewest_workers
@@ -274,14 +295,18 @@ def _reports(file: Path, on_report: OnReport | None) -> Iterator[None]:
 
 def _follow(file: Path, on_report: OnReport | None, done: threading.Event) -> None:
     place, last = Place(), False
+    noticed: list[dict[str, Any]] = []  # a phase that goes on writes the file anew, with what it keeps
     with tqdm(bar_format=BAR, unit_scale=True, leave=False, disable=not sys.stderr.isatty()) as bar:
         while not last:
             last = done.wait(_POLL_S)  # one more look after the end
             for line, after in read(file, place):
                 place = after
+                if line in noticed:
+                    continue
                 if on_report is not None:
                     on_report(line)
                 if line["kind"] == "notice":
+                    noticed.append(line)
                     tqdm.write("\n  ".join([f"{line['what']}:", *line["details"]]), file=sys.stderr)
                 if line["kind"] == "curve":
                     show(line, bar)

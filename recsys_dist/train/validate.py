@@ -84,7 +84,7 @@ def top_items(
 def user_keys(users: pa.ChunkedArray) -> np.ndarray:
     """[N] fixed-width bytes of string ids: sortable, mergeable between workers, no Python objects."""
     encoded = users.combine_chunks().dictionary_encode()
-    values = np.asarray(encoded.dictionary.to_pylist(), dtype=np.bytes_)
+    values = np.asarray(encoded.dictionary.cast(pa.binary()).to_pylist(), dtype=np.bytes_)
     return values[encoded.indices.to_numpy()]
 
 

@@ -27,8 +27,9 @@ from recsys_dist.train import checkpoint as checkpoints
 from recsys_dist.train.checkpoint import Chain
 from recsys_dist.train.loop import Loss
 from recsys_dist.train.pieces import local
+from recsys_dist.train.placement import tables_of
 from recsys_dist.train.pretrained import checkpoint_of
-from recsys_dist.train.sharding import ShardedModel, tables_of
+from recsys_dist.train.sharding import ShardedModel
 
 _NEW = -1  # of a row that the former table has not
 _MOST = 0.9

@@ -16,7 +16,7 @@ from recsys_dist import cpu
 from recsys_dist.data.output import write_text
 from recsys_dist.errors import CheckpointError, NonFiniteLossError, RecsysError, SupersededError, TrainError
 from recsys_dist.train.checkpoint import of_epoch
-from recsys_dist.train.fence import Fence
+from recsys_dist.train.fence import Fence, is_of
 from recsys_dist.train.phase import Common, Phase, best_epoch, finish
 from recsys_dist.train.pretrained import RESULT
 from recsys_dist.train.settings import TrainConfig
@@ -39,21 +39,25 @@ def train_worker(values: dict[str, Any]) -> None:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         device = ray.train.torch.get_device() if cfg.use_gpu else torch.device("cpu")
-        all_phases(Common(cfg, run, Fence(run, values["start"]), device))
+        all_phases(Common(cfg, run, Fence(run, cfg.checkpoints, values["start"]), device))
     except SupersededError:
         return  # the run is another's now, and so is its FAILURE
     except (MemoryError, RuntimeError) as error:
         if _out_of_memory(error):  # and would be again
-            _write_failure(run, TrainError(f"a worker has not enough memory: {error}; {LESS_MEMORY}"))
+            lacking = TrainError(f"a worker has not enough memory: {error}; {LESS_MEMORY}")
+            write_failure(run, lacking, values["start"])
         raise
     except RecsysError as error:
-        _write_failure(run, error)
+        write_failure(run, error, values["start"])
         if not isinstance(error, NonFiniteLossError | CheckpointError):
             raise  # the other workers may not know, and wait
         # These are raised on all workers alike: all end here, and Ray Train starts none of them again.
 
 
-def _write_failure(run: Path, error: RecsysError) -> None:
+def write_failure(run: Path, error: RecsysError, start: str) -> None:
+    """Tell the driver of `start` why training cannot go on; a newer start has no use for it."""
+    if not is_of(run, start):
+        return
     (run / RESERVE).unlink(missing_ok=True)
     write_text(json.dumps({"kind": type(error).__name__, "message": str(error)}), run / FAILURE)
 
@@ -77,7 +81,7 @@ def all_phases(common: Common) -> None:
         refit = finish(common, phase, chosen.manifest.rollbacks)
         final, trained = refit.path, [*history, *refit.manifest.history]
     else:
-        final = of_epoch(checkpoints / "choose", epoch)
+        final = common.background.workers.from_first(lambda: of_epoch(checkpoints / "choose", epoch))
     common.only_if(common.fence.holds)
     peaks = common.workers.gather(cpu.peak_bytes())
     if common.workers.rank == 0:

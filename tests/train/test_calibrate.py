@@ -74,3 +74,11 @@ def test_what_cannot_be_fitted_changes_nothing() -> None:
 def test_a_few_rows_that_a_threshold_separates_have_a_finite_map(kind: Kind) -> None:
     points = np.array(fit(kind, np.array([0.5, 0.1, 0.3, -2.0], np.float32), np.array([1.0, 0, 1, 0])))
     assert points.shape[1] == 2 and np.isfinite(points).all() and np.abs(points).max() < 20
+
+
+@pytest.mark.parametrize("kind", ["platt", "isotonic"])
+@pytest.mark.parametrize("logit", [0.0, 0.1])
+def test_equal_logits_stay_what_they_are(kind: Kind, logit: float) -> None:
+    """Two points at one place have no slope between them."""
+    logits, labels = np.full(ROWS, logit, np.float32), (np.arange(ROWS) > ROWS // 2).astype(np.float32)
+    np.testing.assert_array_equal(mapped(fit(kind, logits, labels), logits), logits)

@@ -16,7 +16,8 @@ from recsys_dist.train.checkpoint import Manifest, latest_valid, load_for_infere
 from recsys_dist.train.loop import Epoch, Workers, idle_batch
 from recsys_dist.train.optim import OptimizerConfig
 from recsys_dist.train.pieces import local
-from recsys_dist.train.sharding import ShardingConfig, shard
+from recsys_dist.train.placement import ShardingConfig
+from recsys_dist.train.sharding import shard
 from tests.train import tiny
 from tests.train.ranks import run_ranks
 from tests.train.test_sharding import ADAGRAD, DECAY, FTRL, ROWWISE, build, local_batches
@@ -300,6 +301,9 @@ def test_retain_keeps_what_it_is_told_to(root):
     assert list(root.iterdir()) == [second]
     verify(second)
     assert not first.exists()
+    (second / "manifest.json").write_text("{")
+    retain(root, [second])  # by name: what is damaged is for those to tell who read it
+    assert second.exists()
 
 
 @pytest.mark.ranks

@@ -11,10 +11,11 @@ from torch.distributed.checkpoint import FileSystemReader
 from recsys_dist.errors import CheckpointError
 from recsys_dist.train import checkpoint as checkpoints
 from recsys_dist.train import saving, trainer
-from recsys_dist.train.checkpoint import latest_valid, retain, verify
+from recsys_dist.train.checkpoint import Checkpoint, latest_valid, retain, verify
 from recsys_dist.train.increments import Base
 from recsys_dist.train.loop import Workers
 from recsys_dist.train.pretrained import RESULT
+from recsys_dist.train.settings import TrainConfig
 from tests.train import tiny
 from tests.train.ranks import run_ranks
 from tests.train.test_checkpoint import catalogue, few_rows, manifest, one_epoch, sharded_model
@@ -82,7 +83,7 @@ def test_an_increment_without_its_base_is_passed_over(root, damage):
 @pytest.mark.ranks
 def test_what_a_kept_one_stands_on_is_kept(root):
     third, fourth = numbered(root, 3), numbered(root, 4)
-    retain(root, [fourth])
+    retain(root, Checkpoint(fourth, verify(fourth)).stands_on())
     assert sorted(root.iterdir()) == [third, fourth]
     verify(fourth)
 
@@ -105,8 +106,13 @@ def test_of_two_checkpoints_of_an_epoch_the_whole_one_is_taken(root):
 def test_a_finished_run_is_one_no_more_when_its_checkpoint_is_damaged(root):
     result, whole = root.parent / RESULT, numbered(root, 3)
     result.write_text(json.dumps({"checkpoint": f"{root.name}/{whole.name}"}))
-    trainer._forget_what_is_damaged(root.parent)
+    cfg = TrainConfig.parse({"data": "d", "model": {"name": "lr"}})
+    trainer._forget_what_is_damaged(cfg, root.parent)
     assert result.exists() and whole.exists()
     (whole / "__0_0.distcp").write_bytes(b"")
-    trainer._forget_what_is_damaged(root.parent)
+    elsewhere = cfg.model_copy(update={"checkpoints": f"file://{root}/store"})
+    trainer._forget_what_is_damaged(elsewhere, root.parent)  # a copy, which will be made again
+    assert result.exists() and root.exists() and not whole.exists()
+    whole.mkdir()
+    trainer._forget_what_is_damaged(cfg, root.parent)
     assert not result.exists() and not root.exists()

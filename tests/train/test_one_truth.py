@@ -14,7 +14,8 @@ import torch
 from recsys_dist.batch import Batch
 from recsys_dist.train.loop import Epoch, Workers, idle_batch
 from recsys_dist.train.optim import OptimizerConfig
-from recsys_dist.train.sharding import ShardingConfig, shard
+from recsys_dist.train.placement import ShardingConfig
+from recsys_dist.train.sharding import shard
 from tests.train import tiny, truth
 from tests.train.ranks import run_ranks
 from tests.train.test_sharding import ADAGRAD, DECAY, FTRL, ROWWISE, build

@@ -17,7 +17,7 @@ from recsys_dist.train import trainer
 from recsys_dist.train.catalogue import catalogue_of
 from recsys_dist.train.loop import Loss
 from recsys_dist.train.pieces import pieces
-from recsys_dist.train.plan import describe, plan
+from recsys_dist.train.plan import balanced, describe, plan
 from recsys_dist.train.settings import TrainConfig
 from recsys_dist.train.sharding import shard
 from tests.train import prepared, tiny
@@ -107,11 +107,11 @@ def test_a_plan_that_does_not_fit_is_shown_and_then_refused(
 
 def placed(rank: int, path: str, settings: dict) -> dict[str, list[tuple[int, int, int]]]:
     cfg, data = config(Path(path), **settings), Prepared.open(path)
+    catalogue = catalogue_of(data, cfg.inputs(data), ["train"])
+    sharding = balanced(cfg, data, catalogue)
     torch.manual_seed(0)
-    model = model_module(cfg.model.name).Model(
-        cfg.model, cfg.inputs(data), catalogue_of(data, cfg.inputs(data), ["train"])
-    )
-    sharded = shard(Loss(model), model.table_groups(), cfg.optimizer, cfg.sharding, 0)
+    model = model_module(cfg.model.name).Model(cfg.model, cfg.inputs(data), catalogue)
+    sharded = shard(Loss(model), model.table_groups(), cfg.optimizer, sharding, 0)
     weights = sharded.weights()
     return {
         table.name: [(rank, *size) for _, _, size in pieces(weights[name], table)]

@@ -16,8 +16,9 @@ from recsys_dist.train import pretrained, saving, trainer
 from recsys_dist.train.checkpoint import Manifest, load_for_inference
 from recsys_dist.train.loop import Loss, Workers
 from recsys_dist.train.optim import OptimizerConfig
+from recsys_dist.train.placement import ShardingConfig
 from recsys_dist.train.settings import TrainConfig
-from recsys_dist.train.sharding import ShardingConfig, materialise, shard
+from recsys_dist.train.sharding import materialise, shard
 from tests.train import prepared, tiny
 from tests.train.ranks import run_ranks
 from tests.train.test_sharding import ADAGRAD, build

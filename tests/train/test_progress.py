@@ -1,7 +1,9 @@
 """What the driver reads of a file that workers write, cut and write again."""
 
 import json
+import threading
 
+from recsys_dist.train import trainer
 from recsys_dist.train.loop import Totals
 from recsys_dist.train.progress import PROGRESS, Place, Progress, read
 
@@ -40,3 +42,16 @@ def test_an_epoch_tells_of_its_first_step_at_once_and_then_fifty_times(tmp_path)
     told = [line for line, _ in read(tmp_path / PROGRESS)]
     assert [line["step"] for line in told] == [1, *range(21, 1000, 20), 1000]
     assert {line["loss"] for line in told} == {0.5}
+
+
+def test_a_notice_is_told_once_though_the_phase_that_goes_on_writes_the_file_anew(tmp_path):
+    progress, told, done = Progress(tmp_path, 0, lambda: True, profile=False), [], threading.Event()
+
+    def on_report(line) -> None:
+        told.append(line["what"])
+        progress.resume("choose", 0, 0)
+        done.set()
+
+    progress.notice("choose", "rollback 1", ["step 23 is not finite"])
+    trainer._follow(tmp_path / PROGRESS, on_report, done)
+    assert told == ["rollback 1"]

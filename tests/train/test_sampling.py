@@ -15,8 +15,9 @@ from recsys_dist.errors import NonFiniteLossError
 from recsys_dist.train import sampling
 from recsys_dist.train.loop import Epoch, Loss, Totals, Workers, idle_batch
 from recsys_dist.train.optim import OptimizerConfig
+from recsys_dist.train.placement import ShardingConfig
 from recsys_dist.train.sampling import PARTS, Stopwatch, added, features_of_tables, table_use
-from recsys_dist.train.sharding import ShardingConfig, shard
+from recsys_dist.train.sharding import shard
 from tests.train import tiny
 from tests.train.ranks import run_ranks
 

@@ -10,8 +10,9 @@ import torch.distributed as dist
 
 from recsys_dist.errors import ConfigError
 from recsys_dist.train.loop import Epoch, Workers, idle_batch
+from recsys_dist.train.placement import ShardingConfig, place
 from recsys_dist.train.sharders import sharders
-from recsys_dist.train.sharding import ShardingConfig, place, shard
+from recsys_dist.train.sharding import shard
 from tests.train import tiny, truth
 from tests.train.ranks import run_ranks
 from tests.train.test_one_truth import KINDS, SGD, global_batches

@@ -6,12 +6,8 @@ from torchrec import EmbeddingBagConfig
 from recsys_dist.errors import ConfigError
 from recsys_dist.train.loop import Epoch, Loss, Workers, idle_batch
 from recsys_dist.train.optim import OptimizerConfig
-from recsys_dist.train.sharding import (
-    ShardingConfig,
-    materialise,
-    shard,
-    train_unsharded,
-)
+from recsys_dist.train.placement import ShardingConfig
+from recsys_dist.train.sharding import materialise, shard, train_unsharded
 from recsys_dist.train.starting import blocks
 from tests.train import tiny
 from tests.train.ranks import run_ranks

@@ -3,8 +3,11 @@
 That training goes on from there, test_checkpoint and test_faults show.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from upath import UPath
 
 from recsys_dist.errors import CheckpointError, ConfigError, StoreError
@@ -61,6 +64,27 @@ def test_a_store_that_fails_is_named(place, save, monkeypatch):
     ):
         save(place, 1)
     assert all_below(place) == []
+
+
+def test_a_worker_that_is_lost_is_not_the_stores_fault(place):
+    """What gloo raises in the others has Ray Train start all of them again."""
+    with pytest.raises(RuntimeError, match="Connection reset"), storage.writing(place):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:525] Connection reset by peer")
+
+
+def test_what_loses_a_file_while_it_is_written_is_not_committed(place, save, monkeypatch):
+    saved = save(place, 1).path
+
+    def save_and_lose(*args: object, storage_writer: object, **kwargs: object) -> object:
+        written = dcp.save(*args, storage_writer=storage_writer, **kwargs)
+        [torn] = [path for path in all_below(place) if path != saved]
+        (torn / "__0_0.distcp").unlink()
+        return written
+
+    monkeypatch.setattr(saving, "dcp", SimpleNamespace(save=save_and_lose))
+    with pytest.raises(CheckpointError, match=r"lost __0_0.distcp while it was written"):
+        save(place, 2)
+    assert all_below(place) == [saved]
 
 
 def test_after_one_that_a_store_did_not_give_back_the_next_is_whole_and_full(place, monkeypatch):

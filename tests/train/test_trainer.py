@@ -2,18 +2,25 @@ import io
 import json
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from ray.exceptions import RayError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
+from ray.train.v2.api.exceptions import WorkerGroupError
 from tqdm import tqdm
 
+from recsys_dist.config import load_yaml
 from recsys_dist.data.collate import collate
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.metrics import RankingState
 from recsys_dist.train import trainer
 from recsys_dist.train.checkpoint import load_for_inference
+from recsys_dist.train.pretrained import RESULT
 from recsys_dist.train.sampling import PARTS
 from recsys_dist.train.settings import TrainConfig
 from recsys_dist.train.telemetry import TRACE
@@ -143,6 +150,19 @@ def test_more_workers_than_cpus(data, tmp_path):
         trainer.fit(config(data, num_workers=8), tmp_path)
 
 
+def test_what_workers_raised_is_told_without_tracebacks(data, tmp_path):
+    def status(message: str) -> WorkerStatus:
+        trace = f"Traceback (most recent call last):\n  File 'x.py', line 1, in loss\n{message}\n"
+        return WorkerStatus(running=False, error=UserExceptionWithTraceback(ValueError(), trace))
+
+    messages = ["ValueError: shapes", "ValueError: shapes", "RuntimeError: Connection closed by peer"]
+    failed = WorkerGroupPollStatus(dict(enumerate(map(status, messages))))
+    error = WorkerGroupError(failed.get_error_string(), failed.errors)
+    said = str(trainer._explained(error, tmp_path, config(data)))
+    assert said.endswith("The last failure: ValueError: shapes; RuntimeError: Connection closed by peer")
+    assert str(trainer._explained(RayError("a node died"), tmp_path, config(data))).endswith(": a node died")
+
+
 def test_settings_that_do_not_go_together_are_refused_before_anything_starts(data, tmp_path):
     def message(**settings) -> str:
         with pytest.raises(ConfigError) as error:
@@ -160,6 +180,7 @@ def test_settings_that_do_not_go_together_are_refused_before_anything_starts(dat
     assert "did you mean 'click'" in message(label="clik")
     assert "did you mean 'wide_deep'" in message(model={"name": "wide_dep"})
     assert "did you mean 'hidden'" in message(model={"name": "wide_deep", "hiden": [1]})
+    assert "scales item_vectors, and there are none" in message(item_vectors_std=0.1)
     assert "label is for ranking models" in message(model={"name": "youtubednn"}, label="click")
 
 
@@ -176,6 +197,23 @@ def test_a_run_is_known_by_what_it_learns_not_by_where(data):
     assert config(data, sharding={"exchange": "fp16"}).run_digest("d") != digest
     assert config(data, seed=1).run_digest("d") != digest
     assert config(data).run_digest("other data") != digest
+
+
+def test_a_runs_config_holds_wherever_it_is_read(data, tmp_path, monkeypatch):
+    """A run that starts from it elsewhere finds its data by it."""
+
+    def trained(_: TrainConfig, run: Path) -> None:
+        result = {"checkpoint": "c", "chosen_epoch": 1, "history": [], "seconds": 1.0, "rows_per_s": 1.0}
+        (run / RESULT).write_text(json.dumps(result))
+
+    monkeypatch.setattr(trainer, "_train", trained)
+    monkeypatch.setattr(trainer.session, "connect", lambda: None)
+    monkeypatch.setattr(trainer, "check_cluster", lambda _: None)
+    monkeypatch.chdir(data.parent)
+    cfg = config(Path(data.name))
+    found = TrainConfig.parse(load_yaml(trainer.fit(cfg, tmp_path).run / "config.yaml"))
+    assert found.data == str(data)
+    assert found.run_digest("d") == cfg.run_digest("d"), "the same run, to be continued"
 
 
 def test_the_logged_config_is_the_config(data):

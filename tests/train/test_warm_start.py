@@ -11,7 +11,7 @@ import torch
 
 from recsys_dist.config import rng_for
 from recsys_dist.data.encoders import Encoders
-from recsys_dist.data.prepared import MANIFEST, Manifest, Prepared
+from recsys_dist.data.prepared import MANIFEST, Manifest, Prepared, ShardSet
 from recsys_dist.data.vocab import Vocabulary
 from recsys_dist.errors import ConfigError
 from recsys_dist.models.protocol import Catalogue
@@ -21,9 +21,10 @@ from recsys_dist.train import checkpoint as checkpoints
 from recsys_dist.train import saving, warm_start
 from recsys_dist.train.loop import Loss, Workers
 from recsys_dist.train.pieces import local
+from recsys_dist.train.placement import ShardingConfig
 from recsys_dist.train.pretrained import RESULT
 from recsys_dist.train.settings import TrainConfig
-from recsys_dist.train.sharding import ShardedModel, ShardingConfig, shard
+from recsys_dist.train.sharding import ShardedModel, shard
 from tests.train import tiny
 from tests.train.ranks import run_ranks
 from tests.train.test_sharding import ADAGRAD, ROWWISE
@@ -51,7 +52,7 @@ def make_data(path: Path, values: dict[str, list[str]], digest: str, age: bool =
         vocabulary_digest=digest,
         fitted_schema=schema,
         config={},
-        splits={},
+        splits={"ranking/valid": ShardSet(files=(), rows=(1,))},
         ledger={},
     )
     (path / MANIFEST).write_text(manifest.model_dump_json())

@@ -16,9 +16,9 @@ from recsys_dist.config import rng_for
 from recsys_dist.schema import Schema
 from recsys_dist.train.loop import Epoch, Loss, Workers, idle_batch
 from recsys_dist.train.optim import OptimizerConfig
+from recsys_dist.train.placement import ShardingConfig
 from recsys_dist.train.sharding import (
     ShardedModel,
-    ShardingConfig,
     materialise,
     shard,
     train_unsharded,

@@ -42,6 +42,7 @@ from recsys_dist.train.checkpoint import MANIFEST
 from recsys_dist.train.pretrained import RESULT
 
 TASKS: tuple[Task, ...] = ("recall", "ranking")
+_OTHER = "train anew, or name another run or checkpoint with --recall and --ranking"
 
 
 class ExportConfig(Config):
@@ -104,8 +105,12 @@ def run(
 def checkpoint_of(path: Path) -> Path:
     """The checkpoint that a run of `jobs.train` ended with; a checkpoint is its own."""
     if (path / RESULT).is_file():
-        found: dict[str, str] = json.loads((path / RESULT).read_text())
-        return path / found["checkpoint"]
+        found = path / _told(path / RESULT, "checkpoint")
+        if not (found / MANIFEST).is_file():
+            raise ConfigError(
+                f"{str(path / RESULT)!r} names the checkpoint {str(found)!r}, without {MANIFEST}; {_OTHER}"
+            )
+        return found
     if (path / MANIFEST).is_file():
         return path
     raise ConfigError(
@@ -113,12 +118,20 @@ def checkpoint_of(path: Path) -> Path:
     )
 
 
+def _told(file: Path, key: str) -> str:
+    try:
+        return str(json.loads(file.read_text())[key])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{str(file)!r} has no {key} that can be read: {reason}; {_OTHER}") from None
+
+
 def newest(root: Path, task: Task, prepared: Prepared) -> Path:
     """The checkpoint of the run below `root` that was finished last, of those trained on this data."""
     results = sorted((root / "models").glob(f"{task}-*/{RESULT}"), key=lambda file: file.stat().st_mtime)
     for file in reversed(results):
         found = checkpoint_of(file.parent)
-        if json.loads((found / MANIFEST).read_text())["data_digest"] == prepared.manifest.data_digest:
+        if _told(found / MANIFEST, "data_digest") == prepared.manifest.data_digest:
             return found
     raise ConfigError(
         f"{str(root / 'models')!r} holds {len(results)} finished {task} runs, none of them on the data in "

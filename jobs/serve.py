@@ -18,6 +18,8 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import uvicorn
@@ -25,13 +27,15 @@ import uvicorn
 from jobs.command import reported, settings_help
 from recsys_dist import cpu, session
 from recsys_dist.bundle import Bundle
+from recsys_dist.errors import ConfigError, StateError
 from recsys_dist.serve import environment, golden
 from recsys_dist.serve.app import build, resolve, run, stop
 from recsys_dist.serve.deployments import ServiceConfig
+from recsys_dist.serve.events import describe_log
 from recsys_dist.serve.guard import Limits
 from recsys_dist.serve.http import create_app
 from recsys_dist.serve.local import LocalService
-from recsys_dist.serve.state import canonical_schema, check_state, open_state
+from recsys_dist.serve.state import UserState, canonical_schema, check_state, open_state
 
 
 def parse(argv: list[str]) -> tuple[ServiceConfig, argparse.Namespace]:
@@ -60,6 +64,8 @@ def parse(argv: list[str]) -> tuple[ServiceConfig, argparse.Namespace]:
     parser.add_argument("--proxy-metrics-port", type=int, help="HAProxy's metrics; default: from 9101")
     parser.add_argument("--metrics-port", type=int, help="Ray's and ours for Prometheus; default: from 9200")
     args = parser.parse_intermixed_args(argv)
+    if not 0 <= args.port < 1 << 16:
+        raise ConfigError(f"--port {args.port} is no port: they go from 0 to 65535")
     state = args.state or str(Path(args.out) / "serving")
     values = {"state": state}
     if args.bundle:
@@ -78,10 +84,43 @@ def _alone(cfg: ServiceConfig, args: argparse.Namespace) -> None:
     app = create_app(
         LocalService(bundle, state, budget_ms=cfg.budget_ms), Limits(cfg.body_bytes, cfg.ongoing), cfg.token()
     )
-    with socket.create_server((args.host, args.port), backlog=1024) as listening:
+    describe_log(bundle, Path(cfg.state))
+    with _listening(args.host, args.port) as listening, _recording(state, cfg.poll_s):
         where = f"http://{args.host}:{args.port}"
         print(f"serving bundle {bundle.manifest.version} at {where}, without Ray", flush=True)
         uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run([listening])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), backlog=1024)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror}; name another --host or --port"
+        ) from None
+
+
+@contextmanager
+def _recording(state: UserState, every_s: float) -> Iterator[None]:
+    """New events go to the log now and then, and at the end."""
+    done = threading.Event()
+
+    def write() -> None:
+        ended = False
+        while not ended:
+            ended = done.wait(every_s)
+            try:
+                state.write_log()
+            except StateError as error:
+                print(f"the log waits: {error}", file=sys.stderr)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def main(argv: list[str]) -> None:

@@ -41,6 +41,7 @@ _ITEM_VECTORS = "item_vectors"
 _INDEX = "index.faiss"
 
 Golden = Callable[["Bundle"], list[dict[str, Any]]]
+Check = Callable[["Bundle"], None]  # BundleError for what is to be written anew
 
 
 @dataclass(frozen=True)
@@ -123,11 +124,12 @@ class Bundle:
         """Int32 item rows from 1, by falling number of positives, ties by row."""
         return (1 + np.argsort(-self.positives[1:], kind="stable")).astype(np.int32)
 
-    def save(self, root: Path, golden: Golden | None = None) -> Self:
+    def save(self, root: Path, golden: Golden | None = None, check: Check | None = None) -> Self:
         """Write `root`/<version> in full, or not at all, and return it as `open` would.
 
         It is opened before it gets its name, and answers `golden`'s requests. The same content again
-        leaves what is there, unless that is damaged. Raises BundleError where the parts do not agree.
+        leaves what is there, unless that is damaged or fails `check`. Raises BundleError where the parts do
+        not agree.
         """
         with sole_writer(root), naming(root):
             for stale in root.glob(f".*{_UNFINISHED}"):  # of a process that was killed
@@ -135,17 +137,20 @@ class Bundle:
             fresh = root / f".{uuid.uuid4().hex[:8]}{_UNFINISHED}"
             fresh.mkdir()
             try:
-                return self._commit(fresh, root, golden)
+                return self._commit(fresh, root, golden, check)
             finally:
                 shutil.rmtree(fresh, ignore_errors=True)
 
-    def _commit(self, fresh: Path, root: Path, golden: Golden | None) -> Self:
+    def _commit(self, fresh: Path, root: Path, golden: Golden | None, check: Check | None) -> Self:
         self._write(fresh)
         facts = self.manifest.sealed(manifest.entries(fresh))
         path = root / facts.version
         if path.exists():
             try:
-                return type(self).open(path)
+                there = type(self).open(path)
+                if check is not None:
+                    check(there)
+                return there
             except BundleError as error:
                 log.warning("%s; writing it anew", error)
                 shutil.rmtree(path)

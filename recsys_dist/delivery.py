@@ -12,7 +12,7 @@ import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from mlflow.utils.validation import (
 )
 from sqlalchemy.exc import SQLAlchemyError
 
-from recsys_dist.outbox import Recorder, State, load_state, without_credentials
+from recsys_dist.outbox import Outbox, load_state, without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -41,86 +41,88 @@ OUTBOX_TAG = "recsys_dist.outbox"
 Entity = Metric | Param | RunTag
 
 
-@dataclass
+def deliver(outbox: Outbox) -> str | None:
+    """Send all that waits, saving the position after every call that the server accepted.
+
+    Says in a line what was in the way, if anything was: the rest waits for another time.
+    """
+    try:
+        if outbox.waiting_records():
+            with one_writer(outbox.state.uri):
+                Sender(outbox, MlflowClient(tracking_uri=outbox.state.uri)).send()
+    except TROUBLE as error:
+        return short_reason(error)
+    return None
+
+
+@dataclass(frozen=True)
 class Sender:
-    """Delivers one outbox in order; `state` is saved after every call that the server accepted."""
+    """One delivery of an outbox."""
 
-    directory: Path
-    state: State
-    recorder: Recorder = field(init=False)
+    outbox: Outbox
+    client: MlflowClient
 
-    def __post_init__(self) -> None:
-        self.recorder = Recorder(self.directory)
+    def send(self) -> None:
+        """Raises one of TROUBLE where the server does not take it."""
+        try:
+            self._send_waiting(self._run_id())
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            self._save(run_id=None, delivered_bytes=0)  # the store was replaced: the outbox has everything
+            self._send_waiting(self._run_id())
 
-    def waiting_records(self) -> int:
-        return sum(1 for _ in self.recorder.read(self.state.delivered_bytes))
+    def _save(self, **changes: Any) -> None:
+        self.outbox.save(replace(self.outbox.state, **changes))
 
-    def deliver(self) -> None:
-        """Send all that waits. Raises one of TROUBLE where the server does not take it."""
-        if not self.waiting_records():
-            return
-        with one_writer(self.state.uri):
-            client = MlflowClient(tracking_uri=self.state.uri)
-            try:
-                self._send_waiting(client, self._run_id(client))
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-                self._save(replace(self.state, run_id=None, delivered_bytes=0))  # the store was replaced:
-                self._send_waiting(client, self._run_id(client))  # the outbox still has everything
-
-    def _save(self, state: State) -> None:
-        state.save(self.directory)
-        self.state = state
-
-    def _run_id(self, client: MlflowClient) -> str:
-        if self.state.run_id is None:
-            experiment = experiment_id(client, self.state.uri, self.state.experiment)
-            found = client.search_runs([experiment], f"tags.`{OUTBOX_TAG}` = '{self.state.token}'")
-            if found:
-                run_id = found[0].info.run_id
-            else:
-                started_ms = next(record["time_ms"] for record, _ in self.recorder.read())
-                tags = {OUTBOX_TAG: self.state.token, **self._nesting()}
-                run_id = client.create_run(experiment, started_ms, tags, self.state.name).info.run_id
-            self._save(replace(self.state, run_id=run_id))
-        assert self.state.run_id is not None
-        return self.state.run_id
+    def _run_id(self) -> str:
+        state = self.outbox.state
+        if state.run_id is not None:
+            return state.run_id
+        experiment = experiment_id(self.client, state.uri, state.experiment)
+        found = self.client.search_runs([experiment], f"tags.`{OUTBOX_TAG}` = '{state.token}'")
+        if found:
+            run_id = str(found[0].info.run_id)
+        else:
+            started_ms = next(record["time_ms"] for record, _ in self.outbox.recorder.read())
+            tags = {OUTBOX_TAG: state.token, **self._nesting()}
+            run_id = str(self.client.create_run(experiment, started_ms, tags, state.name).info.run_id)
+        self._save(run_id=run_id)
+        return run_id
 
     def _nesting(self) -> dict[str, str]:
-        if self.state.parent is None:
+        parent = self.outbox.state.parent
+        if parent is None:
             return {}
-        parent = load_state(self.directory.parent / self.state.parent)
-        if parent is None or parent.run_id is None:
-            raise OSError(f"run {self.state.parent!r}, which it is nested under, is not delivered yet")
-        return {MLFLOW_PARENT_RUN_ID: parent.run_id}
+        state = load_state(self.outbox.directory.parent / parent)
+        if state is None or state.run_id is None:
+            raise OSError(f"run {parent!r}, which it is nested under, is not delivered yet")
+        return {MLFLOW_PARENT_RUN_ID: state.run_id}
 
-    def _send_waiting(self, client: MlflowClient, run_id: str) -> None:
+    def _send_waiting(self, run_id: str) -> None:
         batch: list[Entity] = []
-        reached = self.state.delivered_bytes
-        for record, end in self.recorder.read(reached):
+        reached = self.outbox.state.delivered_bytes
+        for record, end in self.outbox.waiting():
             for entity in _entities(record):
                 if _full(batch):
-                    self._send_batch(client, run_id, batch)
-                    self._save(
-                        replace(self.state, delivered_bytes=reached)
-                    )  # this record is sent again: harmless
+                    self._send_batch(run_id, batch)
+                    self._save(delivered_bytes=reached)  # this record is sent again: harmless
                     batch = []
                 batch.append(entity)
             if record["kind"] not in ("metrics", "params", "tags"):
-                self._send_batch(client, run_id, batch)
+                self._send_batch(run_id, batch)
                 batch = []
-                self._send_other(client, run_id, record)
-                self._save(replace(self.state, delivered_bytes=end))
+                self._send_other(run_id, record)
+                self._save(delivered_bytes=end)
             reached = end
-        self._send_batch(client, run_id, batch)
-        self._save(replace(self.state, delivered_bytes=reached))
+        self._send_batch(run_id, batch)
+        self._save(delivered_bytes=reached)
 
-    def _send_batch(self, client: MlflowClient, run_id: str, batch: list[Entity]) -> None:
+    def _send_batch(self, run_id: str, batch: list[Entity]) -> None:
         if not batch:
             return
         try:
-            client.log_batch(
+            self.client.log_batch(
                 run_id,
                 metrics=[entity for entity in batch if isinstance(entity, Metric)],
                 params=[entity for entity in batch if isinstance(entity, Param)],
@@ -133,23 +135,23 @@ class Sender:
                 log.warning("MLflow refuses %s: %s", batch[0].key, short_reason(error))
             else:  # find the one that spoils the batch
                 half = len(batch) // 2
-                self._send_batch(client, run_id, batch[:half])
-                self._send_batch(client, run_id, batch[half:])
+                self._send_batch(run_id, batch[:half])
+                self._send_batch(run_id, batch[half:])
 
-    def _send_other(self, client: MlflowClient, run_id: str, record: dict[str, Any]) -> None:
+    def _send_other(self, run_id: str, record: dict[str, Any]) -> None:
         try:
             match record["kind"]:
                 case "status" if record["status"] == "RUNNING":
-                    client.update_run(run_id, status="RUNNING")
+                    self.client.update_run(run_id, status="RUNNING")
                 case "status":
-                    client.set_terminated(run_id, record["status"], end_time=record["time_ms"])
+                    self.client.set_terminated(run_id, record["status"], end_time=record["time_ms"])
                 case "artifact":
-                    path = self.directory / record["path"]
-                    client.log_artifact(run_id, str(path), record["folder"] or None)
+                    path = self.outbox.directory / record["path"]
+                    self.client.log_artifact(run_id, str(path), record["folder"] or None)
                 case "data":
                     source = json.dumps({"uri": record["source"]})
                     dataset = Dataset(record["name"], record["digest"][:36], "local", source)
-                    client.log_inputs(run_id, [DatasetInput(dataset)])
+                    self.client.log_inputs(run_id, [DatasetInput(dataset)])
                 case kind:
                     log.warning("a record of kind %r is not known to this version; skipped", kind)
         except FileNotFoundError as error:

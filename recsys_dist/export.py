@@ -29,7 +29,7 @@ from recsys_dist.index import IndexConfig
 from recsys_dist.manifest import DataSpan, IndexFacts
 from recsys_dist.models.protocol import Task, model_module, model_schema
 from recsys_dist.schema import Schema, Statistic, side
-from recsys_dist.serve.golden import ask
+from recsys_dist.serve.golden import ask, replay
 from recsys_dist.train import checkpoint
 
 DISPLAY = ("title", "name")  # columns of items that no feature needs to read, for people who look at lists
@@ -58,7 +58,8 @@ def export(
     does not go together.
 
     `evaluations` are the results of `evaluate_ranking` and `evaluate_recall` on the test days. `golden`
-    answers requests with the finished bundle, to be replayed by whoever serves it.
+    answers requests with the finished bundle, to be replayed by whoever serves it; a bundle that is there
+    and answers otherwise by now is written anew.
     """
     metrics = {task: _metrics(task, found) for task, found in evaluations.items()}
     recall = _load(prepared, checkpoints["recall"], "recall")
@@ -96,7 +97,7 @@ def export(
         seen=seen,
         golden=[],
     )
-    return made.save(out, golden)
+    return made.save(out, golden, replay if golden else None)
 
 
 def _load(prepared: Prepared, path: Path, task: Task) -> Trained:

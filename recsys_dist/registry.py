@@ -103,7 +103,11 @@ class Registry:
         with self._asked(make=True), one_writer(self.cfg.uri):
             version = self._registered(candidate.version) or self._upload(directory, candidate)
             champion = self._champion()
-            if champion is not None and champion.version == version.version:
+            if champion is not None and champion.tags.get(_BUNDLE) == candidate.version:
+                if champion.version != version.version:  # the same, that was not whole any more
+                    former = self._champions()[:-1]
+                    self._alias(CHAMPION, version)  # first: the list follows the alias, see _champions
+                    self._remember([*former, str(version.version)])
                 return Publication(self._entry(version), [])
             judged = self._judge(candidate, champion, gates or GateConfig(), measure)
             self._tag(version, _GATES, report(judged))
@@ -203,10 +207,22 @@ class Registry:
         )
 
     def _registered(self, bundle: str) -> ModelVersion | None:
+        """The newest version that has the bundle; None where its files are no longer there and whole."""
         found = self._client.search_model_versions(
             f"name = '{self.cfg.model}' and tags.{_BUNDLE} = '{bundle}'"
         )
-        return found[0] if found else None
+        version = max(found, key=lambda version: int(version.version), default=None)
+        if version is None:
+            return None
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                self._download(str(version.source), Path(folder), bundle)
+        except (BundleError, *TROUBLE) as error:
+            log.warning(
+                "version %s is not whole, uploading it anew: %s", version.version, short_reason(error)
+            )
+            return None
+        return version
 
     def _upload(self, directory: Path, facts: Manifest) -> ModelVersion:
         experiment = experiment_id(self._client, self.cfg.uri, self.cfg.experiment)

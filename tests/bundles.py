@@ -58,7 +58,7 @@ def prepare(
     """What `pipeline.prepare` makes of the small log, in one bucket and a shard per split."""
     log = small_log.events() if log is None else log
     schema, source = limited(small_log.SCHEMA, limits), Source(Config(path=str(path)))
-    for name, values in ((stages.BUCKET, 0), ("part", 0), ("row", range(len(log)))):
+    for name, values in ((stages.BUCKET, 0), (stages.PART, 0), ("row", range(len(log)))):
         column = np.broadcast_to(np.asarray(values, np.int32), len(log))
         log = log.append_column(name, pa.array(column))
     [written] = stages.write_bucket(log, path, ["part"], keep_duplicates=False)

@@ -22,6 +22,7 @@ from recsys_dist.data.collate import collate
 from recsys_dist.data.examples import World, features
 from recsys_dist.errors import BundleError
 from recsys_dist.manifest import MANIFEST
+from recsys_dist.serve import golden
 from recsys_dist.train.checkpoint import load_for_inference
 from tests.conftest import Pair
 from tests.train.ranks import _forked
@@ -142,6 +143,16 @@ def test_golden_answers_come_from_what_was_written(bundle: Bundle, tmp_path: Pat
     saved = bundle.save(tmp_path, golden=answers)
     assert saved.golden == [{"version": bundle.manifest.version, "items": bundle.popular[:3].tolist()}]
     assert Bundle.open(saved.path).golden == saved.golden
+
+
+def test_a_bundle_whose_golden_answers_no_longer_hold_is_written_anew(bundle: Bundle, tmp_path: Path) -> None:
+    cases = golden.ask(bundle)
+    wrong = [{**case, "answer": case["answer"][::-1]} for case in cases]
+    assert bundle.save(tmp_path, lambda _: wrong).golden == wrong
+    saved = bundle.save(tmp_path, golden.ask, golden.replay)
+    golden.replay(Bundle.open(saved.path))
+    inode = saved.path.stat().st_ino
+    assert bundle.save(tmp_path, golden.ask, golden.replay).path.stat().st_ino == inode, "and once only"
 
 
 def test_parts_that_do_not_agree_leave_nothing(bundle: Bundle, tmp_path: Path) -> None:

@@ -85,6 +85,28 @@ def test_mistakes_are_explained(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("result.json", None, "no-such-step', without manifest.json; train anew"),
+        ("result.json", '{"checkp', "result.json' has no checkpoint that can be read: JSONDecodeError"),
+        ("result.json", "{}", "result.json' has no checkpoint that can be read: KeyError"),
+        ("step/manifest.json", "[]", "manifest.json' has no data_digest that can be read: TypeError"),
+    ],
+)
+def test_a_run_that_is_damaged_is_named(
+    pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, text: str | None, said: str
+) -> None:
+    lay_out(tmp_path, pair.prepared, {})
+    run = tmp_path / "models/recall-mine"
+    (run / "step").mkdir(parents=True)
+    (run / "result.json").write_text(json.dumps({"checkpoint": "step" if text else "no-such-step"}))
+    if text:
+        (run / file).write_text(text)
+    assert reported(job.main, ["--run", str(tmp_path), "--no-register"]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_models_of_other_data_are_not_taken(
     pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

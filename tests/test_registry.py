@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
+from mlflow.utils.file_utils import local_file_uri_to_path
 
 from recsys_dist.bundle import Bundle
 from recsys_dist.errors import BundleError, RegistryError
@@ -157,6 +158,26 @@ def test_a_damaged_upload_is_never_registered(
     (damaged / "users.parquet").unlink()
     with pytest.raises(BundleError, match=r"users\.parquet is missing"):
         registry.publish(damaged)
+
+
+@pytest.mark.parametrize("harm", ["gone", "damaged"])
+def test_what_is_no_longer_whole_in_the_registry_is_uploaded_anew(
+    registry: Registry, variants: list[Path], tmp_path: Path, harm: str
+) -> None:
+    fair, good, _ = variants
+    registry.publish(fair)
+    registry.publish(good)
+    source = registry._client.get_model_version_by_alias("recsys_dist", CHAMPION).source
+    stored = local_file_uri_to_path(source)
+    if harm == "gone":
+        shutil.rmtree(stored)
+    else:
+        Path(stored, "users.parquet").write_bytes(b"")
+    again = registry.publish(good).entry
+    assert (again.number, again.aliases) == ("3", (CHAMPION,))
+    assert registry.resolve(CHAMPION, tmp_path / "cache").name == good.name
+    assert registry.publish(good).entry.number == "3", "and once only"
+    assert registry.rollback().bundle == fair.name
 
 
 def test_a_champion_of_other_days_is_measured_anew(

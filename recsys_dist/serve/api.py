@@ -1,6 +1,6 @@
 """Requests and answers. What is not as these say gets a 422 that names the field."""
 
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
@@ -18,11 +18,23 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _utc(moment: datetime) -> datetime:
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
 Id = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_encodable)]
 Text = Annotated[str, Field(max_length=1024), AfterValidator(_encodable)]
 Name = Annotated[str, Field(max_length=64), AfterValidator(_encodable)]
 Value = Text | bool | int | FiniteFloat | None
+Moment = Annotated[datetime, AfterValidator(_utc)]  # in UTC where it names no zone
 Items = Annotated[list[Id], Field(max_length=MOST_ITEMS)]
+
+
+def text_of(value: Value) -> str | None:
+    """As the canonical log has it in text: whole numbers without a point, flags as 0 and 1."""
+    if isinstance(value, bool | float) and float(value).is_integer():
+        value = int(value)
+    return None if value is None else str(value)
 
 
 class InvalidError(Exception):
@@ -44,7 +56,7 @@ class Asked(Strict):
     context: dict[Name, Value] = Field(
         default_factory=dict, max_length=MOST_CONTEXT, description="columns of the moment, such as a page"
     )
-    timestamp: datetime | None = Field(
+    timestamp: Moment | None = Field(
         None, description="answer as of then; default: now. Not before the days that the bundle was tested on"
     )
     budget_ms: float | None = Field(None, gt=0, le=60_000, description="default: the service's own")
@@ -96,7 +108,7 @@ class Event(Strict):
 
     user_id: Id
     item_id: Id
-    timestamp: datetime | None = Field(None, description="default: now")
+    timestamp: Moment | None = Field(None, description="default: now")
     labels: dict[Name, bool | Annotated[float, Field(ge=0, allow_inf_nan=False)]]
     context: dict[Name, Value] = Field(default_factory=dict, max_length=MOST_CONTEXT)
 

@@ -22,7 +22,6 @@ from ray.serve.schema import LoggingConfig
 
 from recsys_dist import manifest
 from recsys_dist.bundle import Bundle
-from recsys_dist.data.output import write_parquet, write_text
 from recsys_dist.errors import RecsysError, RegistryError, StateError
 from recsys_dist.registry import Registry, RegistryConfig
 from recsys_dist.serve.deployments import (
@@ -32,7 +31,7 @@ from recsys_dist.serve.deployments import (
     ServiceReplica,
     StageConfig,
 )
-from recsys_dist.serve.events import log_yaml
+from recsys_dist.serve.events import describe_log
 from recsys_dist.serve.pointer import Pointer
 from recsys_dist.serve.state import UserState, canonical_schema, check_state, open_state
 
@@ -48,9 +47,10 @@ def build(args: dict[str, Any]) -> Application:
     Where the registry does not answer, the bundle that was served last is served again.
     """
     cfg = ServiceConfig.parse(args)
-    places = {"state": cfg.state, "bundle": cfg.bundle}  # replicas may run in other directories
+    places = {"state": cfg.state, "bundle": cfg.bundle, "token_file": cfg.token_file}
     absolute = {name: str(Path(place).absolute()) for name, place in places.items() if place is not None}
-    cfg = ServiceConfig.parse({**cfg.model_dump(), **absolute})
+    cfg = ServiceConfig.parse({**cfg.model_dump(), **absolute})  # replicas may run in other directories
+    cfg.token()
     try:
         Pointer(str(resolve(cfg))).write(cfg.state)
     except RecsysError as error:
@@ -119,7 +119,7 @@ class Watcher:
         self._registry = _registry(self._cfg.registry, self._cfg.model) if self._cfg.registry else None
         self._stages = recall, ranking
         self._app = serve.get_replica_context().app_name
-        self._served = self._refused = ""
+        self._served = self._refused = ""  # a path, and a version
         self._state: UserState | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -132,53 +132,58 @@ class Watcher:
 
     async def _follow(self) -> None:
         while True:
-            try:
-                await self._look()
-            except (RecsysError, RayError, RayServeException, TimeoutError) as error:
-                log.error("watcher, will try again: %s", error)  # below errors, logs are buffered
+            for step in (self._look, self._write_log):  # either goes on where the other fails
+                try:
+                    await step()
+                except (RecsysError, RayError, RayServeException, TimeoutError) as error:
+                    log.error("watcher, will try again: %s", error)  # below errors, logs are buffered
             await asyncio.sleep(self._cfg.poll_s)
 
     async def _look(self) -> None:
         pointer = Pointer.read(self._cfg.state)
         assert pointer is not None, "build() writes it before anything is deployed"
-        wanted = await asyncio.to_thread(self._wanted, pointer.path)
-        if wanted == pointer.path:
+        wanted = await asyncio.to_thread(self._wanted)
+        if wanted == Path(pointer.path).name:
+            self._refused = ""
             if pointer.refused:  # what was refused is no longer wanted
-                Pointer(wanted).write(self._cfg.state)
-        elif wanted != self._refused:
+                pointer = Pointer(pointer.path)
+                pointer.write(self._cfg.state)
+        elif wanted is not None and wanted != self._refused:
             pointer = await self._try(wanted, pointer)
         if pointer.path != self._served:  # also after this actor was replaced in the middle of a switch
             await self._everywhere(self._service(), "take", pointer.path)
             await asyncio.to_thread(self._describe_log, pointer.path)
             self._served = pointer.path
+
+    async def _write_log(self) -> None:
         if self._state is not None:
             await asyncio.to_thread(self._state.write_log)
 
-    def _wanted(self, served: str) -> str:
-        """The bundle to serve; fetched and verified only where it is neither the served nor a refused one."""
+    def _wanted(self) -> str | None:
+        """The version of the bundle to serve; None where nothing says that it changes."""
         if self._registry is None:
-            return served
+            return None
         try:
-            version = self._registry.current(self._cfg.alias)
+            return self._registry.current(self._cfg.alias)
         except RegistryError as error:
             log.error("watcher: the registry does not answer, so nothing changes: %s", error)
-            return served
-        known = [path for path in (served, self._refused) if Path(path).name == version]
-        return known[0] if known else str(resolve(self._cfg))
+            return None
 
-    async def _try(self, wanted: str, pointer: Pointer) -> Pointer:
+    async def _try(self, version: str, pointer: Pointer) -> Pointer:
         """The pointer to go on with: at the new bundle where every replica has it, else at the old one.
 
-        Only the bundle's own faults refuse it; a replica that died meanwhile is asked again.
+        Only the bundle's own faults refuse it, such as files that are gone from the registry; a replica that
+        died meanwhile is asked again.
         """
         try:
+            wanted = str(await asyncio.to_thread(resolve, self._cfg))
             for handle in (*self._stages, self._service()):
                 await self._everywhere(handle, "load", wanted)
         except (RecsysError, RayTaskError) as error:
             reason = error if isinstance(error, RecsysError) else error.cause
-            if not isinstance(reason, RecsysError) or isinstance(reason, StateError):
+            if not isinstance(reason, RecsysError) or isinstance(reason, RegistryError | StateError):
                 raise
-            self._refused = wanted
+            self._refused = version
             pointer = replace(pointer, refused=str(reason).splitlines()[0])
             log.error("bundle refused, the old one stays: %s", pointer.refused)
         else:
@@ -193,11 +198,8 @@ class Watcher:
         return serve.get_deployment_handle("Service", self._app)
 
     def _describe_log(self, path: str) -> None:
-        """Make the recorded events a log that `jobs.prepare parquet` reads."""
         bundle, directory = Bundle.open(path), Path(self._cfg.state)
-        write_parquet(bundle.users.attributes, directory / "users.parquet")
-        write_parquet(bundle.items.attributes, directory / "items.parquet")
-        write_text(log_yaml(bundle), directory / "log.yaml")
+        describe_log(bundle, directory)
         cfg, former = self._cfg, self._state
         if former is not None:
             former.close()

@@ -6,6 +6,7 @@ stage that has not loaded it yet loads it then. A new bundle is loaded in the ba
 """
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections import OrderedDict
@@ -125,7 +126,11 @@ class Bundles(Generic[T]):
     async def ready(self, path: str) -> T:
         """The same without holding up the event loop."""
         found = self._held.get(path)
-        return await asyncio.to_thread(self.get, path) if found is None else found
+        if found is None:
+            return await asyncio.to_thread(self.get, path)
+        with contextlib.suppress(KeyError):  # evicted this moment
+            self._held.move_to_end(path)
+        return found
 
 
 def _checked(of: Callable[[Bundle], T]) -> Callable[[Bundle], T]:

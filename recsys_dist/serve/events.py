@@ -1,6 +1,7 @@
 """New behaviour: events as clients send them → rows of the canonical log, by the log's own rules."""
 
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +11,8 @@ from recsys_dist.bundle import Bundle
 from recsys_dist.config import nearest
 from recsys_dist.data import logs
 from recsys_dist.data.logs import LogSpec
-from recsys_dist.serve.api import Event, InvalidError
+from recsys_dist.data.output import write_parquet, write_text
+from recsys_dist.serve.api import Event, InvalidError, text_of
 
 
 def canonical(events: list[Event], spec: LogSpec) -> pa.Table:
@@ -31,11 +33,11 @@ def canonical(events: list[Event], spec: LogSpec) -> pa.Table:
     columns: dict[str, list[object]] = {
         "user_id": [event.user_id for event in events],
         "item_id": [event.item_id for event in events],
-        "timestamp": [_utc(event.timestamp or now) for event in events],
+        "timestamp": [event.timestamp or now for event in events],
     }
     columns |= {name: [float(event.labels.get(name, 0)) for event in events] for name in labels}
     for name in spec.context:
-        columns[name] = [None if (v := event.context.get(name)) is None else str(v) for event in events]
+        columns[name] = [text_of(event.context.get(name)) for event in events]
     types = {"timestamp": pa.timestamp("us", "UTC"), **dict.fromkeys(labels, pa.float64())}
     table = pa.table(
         {name: pa.array(values, types.get(name, pa.string())) for name, values in columns.items()}
@@ -45,6 +47,13 @@ def canonical(events: list[Event], spec: LogSpec) -> pa.Table:
         refused = checked.quarantined.select(["row", "reason"]).to_pylist()
         raise InvalidError([{"field": f"events.{r['row']}", "problem": r["reason"]} for r in refused])
     return checked.kept
+
+
+def describe_log(bundle: Bundle, directory: Path) -> None:
+    """Make the events that are recorded in `directory` a log that `jobs.prepare parquet` reads."""
+    write_parquet(bundle.users.attributes, directory / "users.parquet")
+    write_parquet(bundle.items.attributes, directory / "items.parquet")
+    write_text(log_yaml(bundle), directory / "log.yaml")
 
 
 def log_yaml(bundle: Bundle) -> str:
@@ -69,7 +78,3 @@ def log_yaml(bundle: Bundle) -> str:
         "recall_positive": list(schema.recall_positive),
     }
     return yaml.safe_dump(values, sort_keys=False)
-
-
-def _utc(moment: datetime) -> datetime:
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)

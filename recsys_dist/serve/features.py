@@ -18,7 +18,7 @@ from recsys_dist.bundle import Bundle, Served
 from recsys_dist.data import transforms
 from recsys_dist.data.examples import STATE, World, features, sort_events
 from recsys_dist.data.logs import LogSpec
-from recsys_dist.schema import Sequence
+from recsys_dist.schema import Schema, Sequence
 
 _BLOCK_ROWS = 16_384
 REQUEST = "request"  # which request a row asks for
@@ -88,10 +88,11 @@ class Features:
             positions = np.arange(start, min(start + _BLOCK_ROWS, count))
             yield self.rows(nobody, np.zeros(len(positions), np.int64), positions)
 
-    def with_unknown_item(self, users: pa.Table) -> pa.Table:
-        """[R] rows for a user tower, which looks at the item as little as at what depends on both."""
-        unknown = {name: np.repeat(values[:1], len(users)) for name, values in self._catalogue.items()}
-        return pa.table({**{name: users[name] for name in users.column_names}, **unknown})
+    def with_unknown_item(self, users: pa.Table, schema: Schema) -> pa.Table:
+        """[R] rows as `schema` has them, for a part of a model that does not look at the item."""
+        for name in (f.name for f in schema.features if f.name in self._catalogue):
+            users = users.append_column(name, pa.array(np.repeat(self._catalogue[name][:1], len(users))))
+        return users
 
     @cached_property
     def _catalogue(self) -> dict[str, np.ndarray]:

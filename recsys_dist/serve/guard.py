@@ -3,6 +3,7 @@
 All of it is decided before a body is parsed.
 """
 
+import asyncio
 import hmac
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -16,8 +17,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = frozenset({"/healthz"})  # for probes, which have no token
-# Ray Serve lets a client stretch or cut the server's own time limit with it.
-_STRIPPED = frozenset({b"x-request-timeout-seconds"})
+_BODY_S = 10.0  # for a body to come: a client that sends none takes up one of `ongoing` for so long
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Guard:
         self._ongoing = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or scope["path"] in OPEN:  # a probe is answered however many ask
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
-        if not self._may(scope["path"], headers.get(b"authorization", b"")):
+        if not self._may(headers.get(b"authorization", b"")):
             more = [(b"www-authenticate", b"Bearer")]
             return await _refuse(send, 401, "a bearer token is needed, as in Authorization: Bearer ...", more)
         if self._ongoing >= self.limits.ongoing:
@@ -47,19 +47,24 @@ class Guard:
             return await _refuse(send, 429, detail, [(b"retry-after", b"1")])
         self._ongoing += 1
         try:
-            body = await self._body(headers.get(b"content-length", b""), receive)
-            if body is None:
-                detail = f"the body is over {self.limits.body_bytes} bytes"
-                return await _refuse(send, 413, detail, [(b"connection", b"close")])
-            kept = [(name, value) for name, value in scope["headers"] if name not in _STRIPPED]
-            await self.app({**scope, "headers": kept}, _Replay(body, receive), send)
+            await self._read(scope, headers.get(b"content-length", b""), receive, send)
         finally:
             self._ongoing -= 1
 
-    def _may(self, path: str, authorization: bytes) -> bool:
-        if self._token is None or path in OPEN:
-            return True
-        return hmac.compare_digest(authorization, f"Bearer {self._token}".encode())
+    def _may(self, authorization: bytes) -> bool:
+        return self._token is None or hmac.compare_digest(authorization, f"Bearer {self._token}".encode())
+
+    async def _read(self, scope: Scope, length: bytes, receive: Receive, send: Send) -> None:
+        """Hand the request on with its whole body, or refuse it."""
+        closing = [(b"connection", b"close")]
+        try:
+            async with asyncio.timeout(_BODY_S):
+                body = await self._body(length, receive)
+        except TimeoutError:
+            return await _refuse(send, 408, f"the body did not come within {_BODY_S:g} s", closing)
+        if body is None:
+            return await _refuse(send, 413, f"the body is over {self.limits.body_bytes} bytes", closing)
+        return await self.app(scope, Replay(body, receive), send)
 
     async def _body(self, length: bytes, receive: Receive) -> bytes | None:
         """The whole body, or None as soon as it is known to be too long."""
@@ -75,7 +80,7 @@ class Guard:
                 return body
 
 
-class _Replay:
+class Replay:
     """Hands a body that was read over once more, then whatever else the client sends."""
 
     def __init__(self, body: bytes, receive: Receive) -> None:

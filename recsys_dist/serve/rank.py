@@ -49,7 +49,7 @@ class Rank:
         """The same from parts: a user's is computed once for all her candidates."""
         model = self.ranker.model
         assert isinstance(model, FactoredRankModel) and self.items is not None
-        batch = collate(self.features.with_unknown_item(users), self.user_side)
+        batch = collate(self.features.with_unknown_item(users, self.user_side), self.user_side)
         crosses = self.features.crosses(users, of, positions)
         return model.join(
             model.parts(batch, of_item=False),

@@ -29,6 +29,6 @@ class Recall:
 
         `users` are rows of `Features.users`; `excluded` has the item rows that each may not get.
         """
-        batch = collate(self.features.with_unknown_item(users), self.tower.schema)
+        batch = collate(self.features.with_unknown_item(users, self.tower.schema), self.tower.schema)
         vectors_RD = self.tower.model(batch).numpy()
         return self.index.search(vectors_RD, k, excluded)

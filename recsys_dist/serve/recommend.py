@@ -15,9 +15,10 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from recsys_dist.bundle import Bundle
-from recsys_dist.data import transforms
+from recsys_dist.data import logs, transforms
 from recsys_dist.data.logs import LogSpec
 from recsys_dist.errors import StateError
 from recsys_dist.serve.api import (
@@ -28,14 +29,16 @@ from recsys_dist.serve.api import (
     RecallRequest,
     RecommendRequest,
     Scored,
-    Value,
+    text_of,
 )
 from recsys_dist.serve.features import Features
 from recsys_dist.serve.rank import Rank
 from recsys_dist.serve.recall import Recall
 from recsys_dist.serve.state import BundleEvents, UserState
+from recsys_dist.serve.stored import numbers_of
 
 T = TypeVar("T")
+RetrievalRequest = RecommendRequest | RecallRequest
 BUDGET_MS = 200.0
 
 
@@ -133,13 +136,13 @@ class Recommender:
             work.predictions = np.full(work.rows.shape, -np.inf, np.float32)
             work.predictions[of, at] = predictions
             self._reorder(work)
-        return self._answers(work, [a.k for a in asked], self._excluded(asked, None))
+        return self._answers(work, asked)
 
     async def recall(self, asked: Sequence[RecallRequest], budget_ms: float = BUDGET_MS) -> list[Answer]:
         """Recall alone: the k nearest items of each request."""
         work = self._begin(asked, budget_ms)
         await self._retrieve(work, max(a.k for a in asked), self._excluded(asked, work.seen))
-        return self._answers(work, [a.k for a in asked], self._excluded(asked, None))
+        return self._answers(work, asked)
 
     async def rank(self, asked: Sequence[RankRequest], budget_ms: float = BUDGET_MS) -> list[Answer]:
         """Ranking alone: the items of each request, best first; in the order given where ranking fails."""
@@ -173,7 +176,8 @@ class Recommender:
                 past, seen = self._with_state(past, distinct, users, seen)
         except StateError:
             failed = ["state_failed"]
-        degraded = [failed + more for more in self._missing(asked, set(past["user_id"].to_pylist()))]
+        active = set(pc.unique(past["user_id"]).to_pylist())
+        degraded = [failed + more for more in self._missing(asked, active)]
         table = self.features.users(past, self._table(asked))
         work = Work(asked, began + min(budgets) / 1000, began, table, seen, degraded)
         work.ms |= {"waiting": 1000 * (now - began), "features": 1000 * (time.perf_counter() - now)}
@@ -190,7 +194,10 @@ class Recommender:
         of = np.array(lately["user_id"].to_pylist(), object)
         more = {user: rows[of == user] for user in set(of)}
         seen = [np.r_[s, more.get(user, s[:0])] for s, user in zip(seen, users, strict=True)]
-        return pa.concat_tables([past, lately], promote_options="default"), seen
+        both = pa.concat_tables([past, lately], promote_options="default")
+        again = logs.duplicates(both)  # what the log that the bundle was made from has already
+        again[: len(past)] = False
+        return both.filter(pa.array(~again)), seen
 
     def _missing(self, asked: Sequence[Asked], active: set[str]) -> list[list[str]]:
         """What each answer has to do without from the start; `active` are the users with any past event."""
@@ -212,19 +219,20 @@ class Recommender:
             "timestamp": pa.array([a.timestamp or now for a in asked], pa.timestamp("us", "UTC")),
         }
         for name, numeric in self.spec.context.items():
-            values = [a.context.get(name) for a in asked]
-            columns[name] = _numbers(values) if numeric else _texts(values)
+            values = pa.array([text_of(a.context.get(name)) for a in asked], pa.string())
+            columns[name] = numbers_of(values) if numeric else values
         return pa.table(columns)
 
-    def _excluded(self, asked: Sequence[Asked], seen: list[np.ndarray] | None) -> list[np.ndarray]:
-        """Item rows that each request may not get: those it names and, with `seen`, those the user saw."""
-        found = []
-        for r, request in enumerate(asked):
-            assert isinstance(request, RecommendRequest | RecallRequest)
-            named = self._item.lookup(pa.array(request.exclude, pa.string()))
-            hide = seen is not None and not request.include_seen
-            found.append(np.r_[named, seen[r]] if hide and seen is not None else named)
-        return found
+    def _excluded(self, asked: Sequence[RetrievalRequest], seen: list[np.ndarray]) -> list[np.ndarray]:
+        """Item rows that each request may not get: those it names and those the user saw."""
+        return [
+            self._named(request) if request.include_seen else np.r_[self._named(request), rows]
+            for request, rows in zip(asked, seen, strict=True)
+        ]
+
+    def _named(self, request: RetrievalRequest) -> np.ndarray:
+        """Item rows that the request excludes by name."""
+        return self._item.lookup(pa.array(request.exclude, pa.string()))
 
     async def _retrieve(self, work: Work, k: int, excluded: list[np.ndarray]) -> None:
         k = min(k, len(self._ids) - 1)
@@ -254,16 +262,21 @@ class Recommender:
         if work.scores is not None:
             work.scores = np.take_along_axis(work.scores, order, axis=1)
 
-    def _answers(self, work: Work, k: list[int], forbidden: list[np.ndarray]) -> list[Answer]:
-        """Each request's first k; where fewer are left, popular items that she saw make the list full."""
+    def _answers(self, work: Work, asked: Sequence[RetrievalRequest]) -> list[Answer]:
+        """Each request's first k; where fewer are left, popular items make the list full, seen ones last."""
         answers = []
-        for r, wanted in enumerate(k):
-            rows = work.rows[r][work.rows[r] > 0][:wanted]
-            scored = [self._listed(work, r, i) for i in np.flatnonzero(work.rows[r])[:wanted]]
-            if len(rows) < wanted:
-                more = self._popular(np.r_[forbidden[r], rows], wanted - len(rows))
+        for r, request in enumerate(asked):
+            at = np.flatnonzero(work.rows[r])[: request.k]
+            scored = [self._listed(work, r, i) for i in at]
+            lacking = request.k - len(at)
+            if lacking:
+                [excluded] = self._excluded([request], [work.seen[r]])
+                more = self._popular(np.r_[excluded, work.rows[r][at]], lacking)
+                if len(more) < lacking:
+                    taken = np.r_[self._named(request), work.rows[r][at], more]
+                    more = np.r_[more, self._popular(taken, lacking - len(more))]
+                    work.degraded[r].append("few_unseen_items")
                 scored += [self._scored(self._ids[row], None, None) for row in more]
-                work.degraded[r].append("few_unseen_items")
             answers.append(self._answer(work, r, scored))
         return answers
 
@@ -305,20 +318,3 @@ async def _timed(work: Work, stage: str, result: Awaitable[T]) -> T | None:
     finally:
         work.ms[stage] = 1000 * (time.perf_counter() - began)
     return None
-
-
-def _texts(values: Sequence[Value]) -> pa.Array:
-    """As the canonical log has text: whole numbers without a point, flags as 0 and 1."""
-    plain = [int(v) if isinstance(v, bool | float) and float(v).is_integer() else v for v in values]
-    return pa.array([None if v is None else str(v) for v in plain], pa.string())
-
-
-def _numbers(values: Sequence[Value]) -> pa.Array:
-    """Text that is no number counts as missing, as it does in the log."""
-    numbers: list[float | None] = []
-    for value in values:
-        try:
-            numbers.append(None if value is None else float(value))
-        except ValueError:
-            numbers.append(None)
-    return pa.array(numbers, pa.float64())

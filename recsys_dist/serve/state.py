@@ -113,12 +113,15 @@ class EmbeddedState:
 
     def __init__(self, directory: Path, schema: pa.Schema) -> None:
         self.directory, self.schema = directory, schema
-        self._lock = threading.Lock()
+        self._lock, self._reading = threading.Lock(), threading.Lock()  # who reads waits for no write
         with naming(directory):
             directory.mkdir(parents=True, exist_ok=True)
         with self._naming():
-            self._db = sqlite3.connect(
-                directory / "state.db", timeout=_WAIT_S, check_same_thread=False, isolation_level=None
+            self._db, self._reader = (
+                sqlite3.connect(
+                    directory / "state.db", timeout=_WAIT_S, check_same_thread=False, isolation_level=None
+                )
+                for _ in range(2)
             )
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
@@ -131,8 +134,8 @@ class EmbeddedState:
 
     def read(self, users: Sequence[str]) -> pa.Table:
         query = "SELECT event FROM events WHERE user_id = ? ORDER BY timestamp DESC LIMIT ?"
-        with self._lock, self._naming():
-            found = [row for user in users for row in self._db.execute(query, (user, NEWEST_EVENTS))]
+        with self._reading, self._naming():
+            found = [row for user in users for row in self._reader.execute(query, (user, NEWEST_EVENTS))]
         return decode([event for (event,) in found], self.schema)
 
     def append(self, events: pa.Table) -> None:
@@ -152,8 +155,9 @@ class EmbeddedState:
         return len(found)
 
     def close(self) -> None:
-        with self._lock:
+        with self._lock, self._reading:
             self._db.close()
+            self._reader.close()
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:

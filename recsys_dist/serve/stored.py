@@ -3,11 +3,14 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from recsys_dist.data.columns import numbers
 from recsys_dist.data.output import sync, write_parquet
+from recsys_dist.serve.api import text_of
 
 NEWEST_EVENTS = 500  # of a user since the bundle was made: bounds a request's work
 
@@ -25,10 +28,33 @@ def encode(events: pa.Table, schema: pa.Schema) -> list[tuple[str, int, str]]:
 
 
 def decode(events: Sequence[str | bytes], schema: pa.Schema) -> pa.Table:
-    """Canonical events from JSON; a column that was not there when an event came is null."""
+    """Canonical events from JSON; a column that was not there when an event came is null.
+
+    A context column that another bundle kept as text, or as a number, is read as the log reads it.
+    """
+    if not events:
+        return schema.empty_table()
     stored = {"timestamp": pa.int64(), "date": pa.int32()}
-    raw = pa.schema([(field.name, stored.get(field.name, field.type)) for field in schema])
-    return pa.Table.from_pylist([json.loads(event) for event in events], schema=raw).cast(schema)
+    rows = [json.loads(event) for event in events]
+    columns = {
+        field.name: _column([row.get(field.name) for row in rows], stored.get(field.name, field.type))
+        for field in schema
+    }
+    return pa.table(columns).cast(schema)
+
+
+def numbers_of(texts: pa.StringArray) -> pa.Array:
+    """What is no number counts as missing, as it does in the log."""
+    parsed = numbers(texts)
+    return pa.array(parsed.values, pa.float64(), mask=parsed.missing | parsed.bad)
+
+
+def _column(values: Sequence[Any], type_: pa.DataType) -> pa.Array:
+    try:
+        return pa.array(values, type_)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        texts = pa.array([text_of(value) for value in values], pa.string())
+        return texts if pa.types.is_string(type_) else numbers_of(texts).cast(type_)
 
 
 def write_days(events: pa.Table, directory: Path, first: str) -> None:

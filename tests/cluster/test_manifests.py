@@ -131,8 +131,10 @@ def test_the_service_is_ours_with_settings_that_it_knows() -> None:
     module, name = application["import_path"].split(":")
     assert callable(getattr(importlib.import_module(module), name))
     cfg = ServiceConfig.parse(application["args"])
-    uri = [d["metadata"]["name"] for _, d in manifests() if d["kind"] == "Service"]
-    assert cfg.registry == f"http://{uri[0]}:5000" and cfg.state.startswith("/recsys/")
+    ports = {d["metadata"]["name"]: d["spec"]["ports"] for _, d in manifests() if d["kind"] == "Service"}
+    assert ports == {"mlflow": [{"port": 5000}], "valkey": [{"port": 6379}]}
+    assert cfg.registry == "http://mlflow:5000" and cfg.state.startswith("/recsys/")
+    assert cfg.state_url == "redis://valkey:6379/0", "pods of several machines cannot share an SQLite file"
 
 
 def test_ray_takes_the_launcher_file() -> None:
@@ -152,7 +154,7 @@ def test_the_image_is_built_from_what_is_there() -> None:
     assert all(f"!{name}\n" in sent for name in copied)
     assert "useradd" in text and re.search(r"^USER ray$", text, re.M)
     images = {c["image"] for _, d in manifests() for c in containers(d)}
-    assert images == {"recsys-dist:cpu", "recsys-dist:cuda"}
+    assert images == {"recsys-dist:cpu", "recsys-dist:cuda", "valkey/valkey:8.1.9"}
 
 
 def containers(node: Any) -> Iterator[dict[str, Any]]:

@@ -14,18 +14,25 @@ import pytest
 import uvicorn
 
 from recsys_dist.bundle import Bundle
-from recsys_dist.serve.guard import Limits
-from recsys_dist.serve.http import create_app
+from recsys_dist.serve.api import Answer, RecommendRequest
+from recsys_dist.serve.environment import fast
+from recsys_dist.serve.guard import Guard, Limits
+from recsys_dist.serve.http import Direct, create_app
 from recsys_dist.serve.local import LocalService
-from recsys_dist.serve.state import canonical_schema, open_state
+from recsys_dist.serve.state import EmbeddedState, canonical_schema, open_state
 
 
 @contextmanager
 def serving(bundle: Bundle, directory: Path, state_url: str | None = None, **options: Any) -> Iterator[str]:
     state = open_state(directory, canonical_schema(bundle), state_url, "model")
-    service = LocalService(bundle, state, budget_ms=60_000)
+    with running(create_app(LocalService(bundle, state, budget_ms=60_000), **options)) as url:
+        yield url
+
+
+@contextmanager
+def running(app: Guard) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0), backlog=64) as listening:
-        server = uvicorn.Server(uvicorn.Config(create_app(service, **options), log_level="critical"))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:
@@ -83,6 +90,12 @@ def test_recommend_recall_rank_and_version(bundle: Bundle, url: str) -> None:
             "events.0.labels.clik",
         ),
         ("events", b'{"events": [{"user_id": "u1", "item_id": "i1", "labels": {"click": 3}}]}', "events.0"),
+        (
+            "events",
+            b'{"events": [{"user_id": "u1", "item_id": "i1", "labels": {},'
+            b' "timestamp": "0001-01-01T00:00:00+14:00"}]}',
+            "events.0",
+        ),
         ("events", b'{"events": [{"user_id": " ", "item_id": "i1", "labels": {"click": 1}}]}', "events.0"),
     ],
 )
@@ -110,6 +123,46 @@ def test_any_script_may_name_a_user(url: str) -> None:
     assert status == 200 and answer["user_id"] == "ünï ✓ 用户" and len(answer["items"]) == 2
 
 
+def test_what_is_asked_as_a_form_is_json_all_the_same(url: str) -> None:
+    """As curl -d sends it."""
+    form = {"content-type": "application/x-www-form-urlencoded"}
+    assert call(f"{url}/recommend", b'{"user_id": "u1", "k": 2}', **form)[0] == 200
+    status, answer = call(f"{url}/recommend", b'{"user_id": "u1", "k": 0}', **form)
+    assert status == 422 and answer["detail"][0]["field"] == "k"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/recommend", {"user_id": "u1", "k": 3, "context": {"device": "tv"}}),
+        ("/recall", {"user_id": "u1", "k": 4, "include_seen": True}),
+        ("/rank", {"user_id": "u1", "items": ["i1", "nobody knows this", "i2"]}),
+    ],
+)
+def test_what_is_answered_directly_is_what_fastapi_would_answer(
+    bundle: Bundle, tmp_path: Path, path: str, body: dict[str, Any]
+) -> None:
+    service = LocalService(bundle, open_state(tmp_path, canonical_schema(bundle), None, "model"))
+    guard = create_app(service)
+    assert isinstance(guard.app, Direct)
+    with running(guard) as direct, running(Guard(guard.app.app, Limits())) as fastapi:
+        answers = [call(url + path, body) for url in (direct, fastapi)]
+    assert [status for status, _ in answers] == [200, 200]
+    mine, theirs = ({**answer, "ms": sorted(answer["ms"])} for _, answer in answers)
+    assert mine == theirs
+
+
+def test_an_unforeseen_error_shows_nothing_of_the_server(bundle: Bundle, tmp_path: Path) -> None:
+    class Broken(LocalService):
+        async def recommend(self, request: RecommendRequest) -> Answer:
+            raise RuntimeError(f"secret {request.user_id}")
+
+    service = Broken(bundle, open_state(tmp_path, canonical_schema(bundle), None, "model"))
+    with running(create_app(service)) as url, pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(f"{url}/recommend", b'{"user_id": "u1"}'), timeout=60)
+    assert refused.value.code == 500 and refused.value.read() == b"Internal Server Error"
+
+
 def test_behaviour_counts_from_the_next_request_on(url: str) -> None:
     asked = {"user_id": "newcomer", "k": 5}
     _, before = call(f"{url}/recommend", asked)
@@ -119,6 +172,16 @@ def test_behaviour_counts_from_the_next_request_on(url: str) -> None:
     _, after = call(f"{url}/recommend", asked)
     assert first not in [item["item_id"] for item in after["items"]]
     assert "no_history" in before["degraded"] and "no_history" not in after["degraded"]
+
+
+def test_the_proxy_repeats_no_events_that_are_refused(bundle: Bundle, tmp_path: Path) -> None:
+    state = EmbeddedState(tmp_path, canonical_schema(bundle))
+    with running(create_app(LocalService(bundle, state))) as url:
+        state.close()
+        event = {"user_id": "u1", "item_id": "i1", "labels": {"click": True}, "context": {"device": "tv"}}
+        status, answer = call(f"{url}/events", {"events": [event]})
+    assert status == 504 and "send them again" in answer["detail"]
+    assert str(status) not in fast(tmp_path).get("RAY_SERVE_HAPROXY_RETRY_ON", "").split()
 
 
 def test_a_token_is_asked_of_all_but_probes(bundle: Bundle, tmp_path: Path) -> None:

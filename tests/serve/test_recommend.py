@@ -3,6 +3,8 @@
 import asyncio
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from recsys_dist.bundle import Bundle
 from recsys_dist.data.keys import Keys
 from recsys_dist.serve.api import Answer, InvalidError, RankRequest, RecommendRequest
 from recsys_dist.serve.recommend import InProcess, Recommender, StageError
+from recsys_dist.serve.state import BundleEvents, EmbeddedState, canonical_schema
 
 BUDGET_MS = 60_000
 
@@ -143,6 +146,26 @@ def test_who_has_seen_everything_gets_seen_items_flagged(bundle: Bundle) -> None
     assert "few_unseen_items" in answer.degraded
 
 
+def test_a_list_is_filled_with_unseen_items_as_long_as_there_are_some(bundle: Bundle) -> None:
+    popular = [bundle.item_ids[row - 1].as_py() for row in bundle.popular]
+    seen = pa.table({"user_id": ["u1"], "items": pa.array([bundle.popular[:5]])})
+    [answer] = ask(Recommender(replace(bundle, seen=seen)), RecommendRequest(user_id="u1", k=6, candidates=1))
+    first, *filled = ids(answer)
+    assert filled == [item for item in popular[5:] if item != first][:5]
+    assert "few_unseen_items" not in answer.degraded
+
+
+def test_what_a_bundle_was_trained_on_does_not_count_twice(bundle: Bundle, tmp_path: Path) -> None:
+    users = ["u1", "u2", "u3"]
+    own = BundleEvents(bundle).read(users)
+    state = EmbeddedState(tmp_path, canonical_schema(bundle))
+    state.append(own)
+    assert len(state.read(users)) == len(own) > 0
+    asked = [RecommendRequest(user_id=user, timestamp=datetime(2026, 1, 2, tzinfo=UTC)) for user in users]
+    with_state, without = (Recommender(bundle, s)._begin(asked, BUDGET_MS).users for s in (state, None))
+    assert with_state == without
+
+
 def test_an_unknown_item_is_ranked_and_flagged(recommender: Recommender) -> None:
     request = RankRequest(user_id="u1", items=["i1", "never heard of", "i2"])
     [answer] = asyncio.run(recommender.rank([request], BUDGET_MS))
@@ -158,3 +181,18 @@ def test_as_of_a_time_before_the_statistics_is_refused(bundle: Bundle, recommend
         )
     assert found.value.problems[0]["field"] == "timestamp"
     recommender.check(RecommendRequest.model_validate({"user_id": "u1", "timestamp": "2024-03-08T12:00:00Z"}))
+
+
+def test_context_is_read_as_the_log_reads_it_and_none_fails_the_batch(bundle: Bundle) -> None:
+    recommender = Recommender(bundle)
+    values = (True, 2.0, 2.5, "3e1", "many", "", 10**400, None)
+    asked = [RecommendRequest(user_id="u1", context={"device": value}) for value in values]
+    assert recommender._table(asked)["device"].to_pylist()[:5] == ["1", "2", "2.5", "3e1", "many"]
+    recommender.spec = replace(recommender.spec, context={"device": True})  # as a number
+    found = recommender._table(asked)["device"].to_pylist()
+    assert found[:6] == [1, 2, 2.5, 30, None, None] and found[7] is None
+
+
+def test_a_time_without_a_zone_is_utc() -> None:
+    naive, aware = (RecommendRequest(user_id="u", timestamp=t) for t in ("2026-01-02", "2026-01-02T00:00Z"))
+    assert naive.timestamp == aware.timestamp is not None

@@ -48,8 +48,8 @@ def test_a_server_that_is_killed_fails_no_request_and_keeps_what_it_acknowledged
         )
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(request, timeout=60)
-        assert refused.value.code == 503 and refused.value.headers["retry-after"] == "1"
-        assert b"not stored" in refused.value.read()
+        assert refused.value.code == 504 and refused.value.headers["retry-after"] == "1"
+        assert b"may not be stored" in refused.value.read()
         server.start()
         assert call(f"{url}/events", {"events": [CLICK]}) == (200, {"accepted": 1})
         assert server.client.zcard("recsys_dist:model:user:u1") == 2

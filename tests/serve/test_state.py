@@ -2,8 +2,11 @@
 
 import asyncio
 import sqlite3
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -87,6 +90,28 @@ def test_a_bundle_with_other_columns_reads_the_same_events(
     assert found["item_id"] == "i1" and found["page"] is None and "device" not in found
 
 
+def test_a_bundle_reads_as_numbers_what_another_kept_as_text_and_as_text_what_it_kept_as_numbers(
+    bundle: Bundle, opened: Callable[..., UserState]
+) -> None:
+    def reading(device: pa.DataType) -> UserState:
+        schema = canonical_schema(bundle)
+        return opened(schema.set(schema.get_field_index("device"), pa.field("device", device)))
+
+    def told(of: UserState, device: pa.Array, *hours: int) -> None:
+        events = rows(bundle, *(event("i1", f"2024-03-20T{hour}:00:00Z") for hour in hours))
+        of.append(events.set_column(events.schema.get_field_index("device"), "device", device))
+
+    def devices(of: UserState) -> list[Any]:
+        return of.read(["u1"]).sort_by("timestamp")["device"].to_pylist()
+
+    texts, numeric = reading(pa.string()), reading(pa.float64())
+    told(texts, pa.array(["tv", "3e1", None]), 10, 11, 12)
+    told(numeric, pa.array([2.0, 2.5]), 13, 14)
+    assert devices(texts) == ["tv", "3e1", None, "2", "2.5"]
+    assert devices(numeric) == [None, 30, None, 2, 2.5]
+    assert numeric.write_log() == 5
+
+
 def test_events_are_written_to_the_log_once_by_day(
     bundle: Bundle, state: UserState, opened: Callable[..., UserState], tmp_path: Path
 ) -> None:
@@ -120,6 +145,25 @@ def test_requests_are_answered_without_a_file_that_fails(bundle: Bundle, tmp_pat
     assert len(answer.items) == 3 and answer.degraded == ["state_failed"]
     with pytest.raises(StateError, match=r"state\.db.*no such table"):
         state.append(rows(bundle, event("i1")))
+
+
+def test_who_reads_waits_for_no_writer(bundle: Bundle, tmp_path: Path) -> None:
+    state = EmbeddedState(tmp_path, canonical_schema(bundle))
+    state.append(rows(bundle, event("i1")))
+    other = sqlite3.connect(tmp_path / "state.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")  # another process' slow write
+    waiting = threading.Thread(target=state.append, args=(rows(bundle, event("i2")),))
+    waiting.start()
+    deadline = time.perf_counter() + 4
+    while not state._lock.locked() and time.perf_counter() < deadline:
+        time.sleep(0.001)
+    began = time.perf_counter()
+    assert state.read(["u1"])["item_id"].to_pylist() == ["i1"]
+    assert time.perf_counter() - began < 0.5 and waiting.is_alive()
+    other.execute("ROLLBACK")
+    other.close()
+    waiting.join()
+    assert sorted(state.read(["u1"])["item_id"].to_pylist()) == ["i1", "i2"]
 
 
 def test_prepare_reads_the_recorded_log(bundle: Bundle, state: UserState, tmp_path: Path) -> None:

@@ -49,8 +49,9 @@ from recsys_dist.train.checkpoint import Checkpoint, Manifest, retain
 from recsys_dist.train.loop import Epoch, Loss, Workers, idle_batch
 from recsys_dist.train.optim import OptimizerConfig
 from recsys_dist.train.pieces import local
+from recsys_dist.train.placement import ShardingConfig
 from recsys_dist.train.saving import Background, watch
-from recsys_dist.train.sharding import ShardedModel, ShardingConfig, shard
+from recsys_dist.train.sharding import ShardedModel, shard
 
 _TABLES, _DIM, _HIDDEN = 8, 32, 256
 _EVERY_S = 60.0

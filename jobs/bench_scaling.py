@@ -34,8 +34,8 @@ from recsys_dist.models.ranking import TowerConfig
 from recsys_dist.schema import Schema
 from recsys_dist.train.loop import Loss
 from recsys_dist.train.optim import OptimizerConfig
+from recsys_dist.train.placement import Placed, ShardingConfig, place, tables_of
 from recsys_dist.train.rehearsal import Rehearsed, rehearse
-from recsys_dist.train.sharding import Placed, ShardingConfig, place, tables_of
 
 WORLDS = (1, 2, 3)
 LIMIT_AT_LEAST = scaling_page.LIMIT_AT_LEAST
@@ -101,15 +101,14 @@ def counted(
     def built() -> Loss:
         return Loss(model_module(cfg.name).Model(cfg, schema))
 
-    placed = {}
-    for world in worlds:
-        loss = built()
-        groups = loss.model.table_groups()
-        placed[world] = place(loss, groups, OptimizerConfig(), ShardingConfig(), world)
     loss = built()
     dense = sum(weight.nbytes for weight in loss.parameters() if not weight.is_meta)
     with FlopCounterMode(display=False) as flops:
         step = rehearse(loss, collate(made_up(schema, rows, 0), schema), workers=1)
+    placed, sharding = {}, ShardingConfig(ids=step.ids_per_row)
+    for world in worlds:
+        model = built()
+        placed[world] = place(model, model.model.table_groups(), OptimizerConfig(), sharding, world)
     dims = {name: table.embedding_dim for name, table in by_name(loss).items()}
     work = Work(
         id_bytes=sum(step.ids.values()) * FLOAT_BYTES / rows,

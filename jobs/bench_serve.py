@@ -12,6 +12,7 @@ refused and the first is rolled back to: none may fail.
 import argparse
 import asyncio
 import datetime as dt
+import gc
 import itertools
 import json
 import os
@@ -61,6 +62,7 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     bundle = Bundle.open(args.bundle)
     users = bundle.seen["user_id"].to_pylist()
+    gc.freeze()  # or the client itself now and then stops for 300 ms to look at what it loaded
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as scratch:
         if args.faults:
             found = bench_faults.measure(bundle, users, Path(scratch))

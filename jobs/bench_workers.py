@@ -33,12 +33,15 @@ from recsys_dist.models.ranking import TowerConfig
 from recsys_dist.schema import Schema, Sequence
 from recsys_dist.train.loop import Epoch, Loss, Totals, Workers, idle_batch
 from recsys_dist.train.optim import OptimizerConfig
+from recsys_dist.train.placement import ShardingConfig
 from recsys_dist.train.progress import Progress, steps_per_point
+from recsys_dist.train.rehearsal import rehearse
 from recsys_dist.train.sampling import Stopwatch, features_of_tables
-from recsys_dist.train.sharding import ShardingConfig, shard
+from recsys_dist.train.sharding import shard
 
 _IDS, _TABLE_ROWS, _FLOATS = 10, 100_000, 8
 _DISTINCT_BATCHES = 8  # cycled through where loading is not measured
+_COUNTED_ROWS = 512  # by whose ids the tables are placed
 _EPOCH_ROWS = 1_000_000  # of which a `run` tells as if it were the beginning
 
 
@@ -118,9 +121,10 @@ class BenchWorker:
         """Models of the next measurements: ours and, of Wide & Deep, the plain one."""
         torch.manual_seed(0)
         self.dim = cfg.embedding_dim
-        loss = Loss(model_module(cfg.name).Model(cfg, self.schema))
-        groups = loss.model.table_groups()
-        self.sharded = shard(loss, groups, OptimizerConfig(), ShardingConfig(), seed=0)
+        loss, twin = (Loss(model_module(cfg.name).Model(cfg, self.schema)) for _ in range(2))
+        step = rehearse(twin, collate(made_up(self.schema, _COUNTED_ROWS, 0), self.schema), workers=1)
+        sharding = ShardingConfig(ids=step.ids_per_row)
+        self.sharded = shard(loss, loss.model.table_groups(), OptimizerConfig(), sharding, seed=0)
         plain = cfg.name == "wide_deep" and dist.get_world_size() == 1
         self.plain = PlainWideDeep(self.schema, cfg.hidden) if plain else None
 

@@ -82,23 +82,28 @@ class Run:
             "optimizer.deep.rule=adagrad",
         ]
         self._command += ["checkpoint_every_s=0.5", "max_failures=1000"]
-        self._models = out / "models"
+        self._models, self._log = out / "models", out / "driver.log"
+        out.mkdir(parents=True, exist_ok=True)
         self.driver: subprocess.Popen[bytes] | None = None
 
     def start(self, workers: int) -> None:
-        self.driver = subprocess.Popen(
-            [*self._command, f"num_workers={workers}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
+        with self._log.open("wb") as log:
+            self.driver = subprocess.Popen(
+                [*self._command, f"num_workers={workers}"], stdout=subprocess.DEVNULL, stderr=log
+            )
 
     @property
     def path(self) -> Path | None:
         return next(self._models.glob("*"), None)
 
-    def held_by(self) -> str:
-        """The group of workers that has it; empty before there is one."""
+    def group(self) -> tuple[str, int]:
+        """The group of workers that has it, and the file of its progress, which every group replaces."""
+        held_by, file = "", 0
         with suppress(FileNotFoundError):
-            return (self.path / FENCE).read_text() if self.path else ""
-        return ""
+            if self.path:
+                held_by = (self.path / FENCE).read_text()
+                file = (self.path / PROGRESS).stat().st_ino
+        return held_by, file
 
     def told(self) -> list[int]:
         """The steps of its learning curve."""
@@ -123,22 +128,34 @@ class Run:
         assert self.driver is not None
         if self.driver.poll() is None:
             return False
-        if self.driver.returncode > 0 and self.driver.stderr is not None:
-            raise TrainError(f"{' '.join(self._command)}: {self.driver.stderr.read().decode()[-2000:]}")
-        return self.path is not None and (self.path / RESULT).exists()
+        if self.driver.returncode or self.path is None or not (self.path / RESULT).exists():
+            said = self._log.read_text(errors="replace")[-2000:]
+            raise TrainError(f"{' '.join(self._command)} ended with {self.driver.returncode}: {said}")
+        return True
 
-    def wait_for_training(self, before: str) -> bool:
-        """Until a group of workers other than `before` trains; False where the run is finished instead."""
+    def wait_for_training(self, former: tuple[str, int]) -> int:
+        """The first step of a group of workers after `former`; 0 where the run is finished instead."""
         deadline, told = time.monotonic() + _HANGS_S, None
         while not self.finished():
             if time.monotonic() > deadline:
                 raise TrainError(f"{self.path} hangs: no step in {_HANGS_S:g} s after a kill")
-            if told is None and self.held_by() not in (before, "") and "/" in self.held_by():
-                told = self.told()
-            if told is not None and len(self.told()) > len(told):
-                return True
+            held_by, file = self.group()
+            if told is None and "/" in held_by and held_by != former[0] and file != former[1]:
+                told = len(self.told())  # what is left of before: the group goes on from there
+            if told is not None and len(self.told()) > told:
+                return self.told()[told]
             time.sleep(_POLL_S)
-        return False
+        return 0
+
+    def wait_for_its_end(self) -> None:
+        """TrainError where nothing more is told of it for long."""
+        told, deadline = -1, 0.0
+        while not self.finished():
+            if len(self.told()) != told:
+                told, deadline = len(self.told()), time.monotonic() + _HANGS_S
+            if time.monotonic() > deadline:
+                raise TrainError(f"{self.path} hangs: nothing new in {_HANGS_S:g} s")
+            time.sleep(0.1)
 
 
 def main(argv: list[str]) -> None:
@@ -170,8 +187,8 @@ def main(argv: list[str]) -> None:
 def one_run(run: Run, tally: Tally, draw: random.Random, kills: int) -> Iterator[str]:
     """Train it to its end, killing something so often at most; then look at its ledger. Yields each kill."""
     run.start(draw.choice(_WORKERS))
-    training = run.wait_for_training("")
-    while training and kills:
+    step = run.wait_for_training(("", 0))
+    while step and kills:
         time.sleep(draw.uniform(0, _UNDISTURBED_S))
         kind = draw.choice(_KINDS)
         deadline = time.monotonic() + _UNDISTURBED_S
@@ -179,7 +196,7 @@ def one_run(run: Run, tally: Tally, draw: random.Random, kills: int) -> Iterator
             time.sleep(_POLL_S / 5)
         if run.finished():
             break
-        held_by, committed = run.held_by(), run.committed()
+        former, committed = run.group(), run.committed()
         began = time.monotonic()
         if kind == "driver" or (kind == "saving" and draw.random() < 0.5):
             assert run.driver is not None
@@ -190,13 +207,11 @@ def one_run(run: Run, tally: Tally, draw: random.Random, kills: int) -> Iterator
             continue  # they are just ending
         kills -= 1
         yield kind
-        training = run.wait_for_training(held_by)
-        if training:
+        step = run.wait_for_training(former)
+        if step:
             tally.restart_s.append(time.monotonic() - began)
-            newest = run.told()[-1]
-            tally.checkpoints_lost += newest <= committed
-    while not run.finished():
-        time.sleep(_POLL_S)
+            tally.checkpoints_lost += step <= committed
+    run.wait_for_its_end()
     assert run.path is not None
     found = json.loads((run.path / RESULT).read_text())
     tally.rows.update(trained_once(run.path / found["checkpoint"], _LR))

@@ -30,13 +30,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
 from jobs import recipes
 from jobs.command import options, reported, settings_help
 from recsys_dist import plots, tracking
-from recsys_dist.config import load_yaml, nearest
+from recsys_dist.config import load_yaml, nearest, parse_yaml
 from recsys_dist.data.output import write_text
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import ConfigError
@@ -64,7 +63,7 @@ def parse(argv: list[str]) -> tuple[SweepConfig, argparse.Namespace]:
     parser.add_argument("--space", metavar="FILE", help="YAML of what to search; default: the model's own")
     for name in _SWEEP:
         field = SweepConfig.model_fields[name]
-        flag: dict[str, Any] = {"action": "store_true"} if name == "check" else {"type": yaml.safe_load}
+        flag: dict[str, Any] = {"action": "store_true"} if name == "check" else {}
         said = field.description or f"default: {field.default}"
         parser.add_argument(f"--{name}", help=said, default=field.default, **flag)
     parser.add_argument("--json", metavar="FILE", help="write all figures there too")
@@ -73,7 +72,8 @@ def parse(argv: list[str]) -> tuple[SweepConfig, argparse.Namespace]:
     args = options(parser, argv, TrainConfig)
     base = _base(args)
     space = load_yaml(args.space) if args.space else _space_of(base.model.name)
-    chosen = {name: getattr(args, name) for name in _SWEEP}
+    given = {name: getattr(args, name) for name in _SWEEP}
+    chosen = {k: parse_yaml(v, where=f"--{k}") if isinstance(v, str) else v for k, v in given.items()}
     return SweepConfig.parse({"train": base.model_dump(mode="json"), "space": space, **chosen}), args
 
 
@@ -113,7 +113,7 @@ class Told:
 
     def finished(self, result: Result, ledger: Ledger) -> None:
         child, job, metric = self.children[result.job.trial], result.job, self.cfg.train.chosen_metric
-        fraction = self.cfg.rungs[job.rung]
+        fraction = self.cfg.fraction(job.rung)
         if result.value is None:
             child.tags({"failed": result.error or ""})
         else:

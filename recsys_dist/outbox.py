@@ -1,7 +1,7 @@
-"""What a run has to tell, kept in a local file until `tracking` has delivered it. No mlflow here.
+"""What a run has to tell, kept in a local file until it is delivered. No mlflow here.
 
-A `Recorder` is only a path: it pickles, so that the process that has the news (the driver, or Ray Train's
-controller beside it) appends them, while one process alone, the driver, delivers.
+A `Recorder` is only a path: it pickles, so that whichever process has news appends them, while one process
+alone, the driver, delivers its `Outbox`.
 """
 
 import fcntl
@@ -177,6 +177,29 @@ class State:
         with _naming(fresh):
             fresh.write_text(json.dumps(asdict(self), indent=1))
         fresh.replace(directory / "state.json")
+
+
+@dataclass
+class Outbox:
+    """The records of one run, and how far they were delivered."""
+
+    directory: Path
+    state: State
+
+    @property
+    def recorder(self) -> Recorder:
+        return Recorder(self.directory)
+
+    def waiting(self) -> Iterator[tuple[dict[str, Any], int]]:
+        """Records that are still to be delivered, each with the byte after it."""
+        return self.recorder.read(self.state.delivered_bytes)
+
+    def waiting_records(self) -> int:
+        return sum(1 for _ in self.waiting())
+
+    def save(self, state: State) -> None:
+        state.save(self.directory)
+        self.state = state
 
 
 @contextmanager

@@ -1,4 +1,9 @@
-"""The report's figures as SVG: themed for an HTML page (its colours follow light and dark) or standalone."""
+"""The report's figures as SVG: themed for an HTML page (its colours follow light and dark) or standalone.
+
+Matplotlib, which takes half a second, is imported where something is drawn: every job describes plots.
+"""
+
+from __future__ import annotations
 
 import io
 import math
@@ -6,12 +11,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Okabe & Ito's palette: told apart by colour-blind readers too.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -127,6 +130,9 @@ Plot = Curves | Reliability | Bars | Ranking | Parallel | Fans | Dots
 
 def svg(plot: Plot, themed: bool = False) -> str:
     """The figure as an <svg> element; `themed` replaces its colours by the page's CSS variables."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     with rc_context({**STYLE, "svg.hashsalt": plot.title}):  # ids differ between figures of one page
         figure = Figure(figsize=(6.4, 3.8), layout="constrained")
         axes = figure.add_subplot()
@@ -167,7 +173,7 @@ def _draw_curves(axes: Axes, plot: Curves) -> None:
         marker = "o" if len(points) <= 30 else None
         axes.plot(x, y, color=color, marker=marker, markersize=4, linewidth=1.8, label=name)
     axes.set(xlabel=plot.x_label, ylabel=plot.y_label, yscale="log" if plot.logarithmic else "linear")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.locator_params(axis="x", integer=True)
     if len(plot.lines) > _NAMED_LINES:  # as many layers: below the axes, which grow by it and not shrink
         figure: Any = axes.get_figure(root=True)
         figure.set_figheight(figure.get_figheight() + 0.13 * -(-len(plot.lines) // 3))
@@ -279,7 +285,7 @@ def _draw_fans(axes: Axes, plot: Fans) -> None:
     axes.plot(*zip(*top, strict=True), color=SERIES[1], linewidth=2.2, marker="o", markersize=5, label="best")
     axes.set_xscale("log", base=2)
     axes.set(xlabel=plot.x_label, ylabel=plot.y_label)
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.legend(loc="lower right")
 
 

@@ -66,13 +66,12 @@ def _own_address() -> dict[str, str]:
     Without them Ray Train's PlacementGroupCleaner asks whichever cluster of this machine started last whether
     its run still lives, is told no, and ends the workers: two trainings side by side killed each other.
     """
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = str(probe.getsockname()[1])
-    return {
-        "RAY_GCS_SERVER_PORT": port,
-        "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}",  # type: ignore[no-untyped-call]
-    }
+    own, port = {}, os.environ.get("RAY_GCS_SERVER_PORT")
+    if port is None:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = own["RAY_GCS_SERVER_PORT"] = str(probe.getsockname()[1])
+    return {**own, "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}  # type: ignore[no-untyped-call]
 
 
 def _probe(address: str) -> None:

@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -23,9 +24,8 @@ from typing import Self
 from pydantic import Field, field_validator
 
 from recsys_dist.config import Config
-from recsys_dist.delivery import TROUBLE, Sender, prepare_mlflow, short_reason
 from recsys_dist.errors import ConfigError
-from recsys_dist.outbox import Recorder, State, Status, load_state, try_lock, without_credentials
+from recsys_dist.outbox import Outbox, Recorder, State, Status, load_state, try_lock, without_credentials
 from recsys_dist.usage import UsageSampler
 
 log = logging.getLogger(__name__)
@@ -67,10 +67,11 @@ class Delivery:
 class Run:
     """An open run: `record` takes the news, a thread delivers them. Made by `open_run`, used as a context."""
 
-    def __init__(self, sender: Sender, sampler: UsageSampler, lock: int) -> None:
-        self.record = sender.recorder
-        self._sender, self._sampler, self._locks = sender, sampler, [lock]
-        self._children: list[Sender] = []
+    def __init__(self, outbox: Outbox, sampler: UsageSampler, lock: int, request_timeout_s: int) -> None:
+        self.record = outbox.recorder
+        self._outbox, self._sampler, self._locks = outbox, sampler, [lock]
+        self._request_timeout_s = request_timeout_s
+        self._children: list[Outbox] = []
         self._trouble: str | None = None
         self._delivery: Delivery | None = None
         self._closing = threading.Event()
@@ -80,12 +81,12 @@ class Run:
     @property
     def run_id(self) -> str | None:
         """MLflow's id, None until the server has been reached once."""
-        return self._sender.state.run_id
+        return self._outbox.state.run_id
 
     @property
     def uri(self) -> str:
         """The tracking server's address without credentials."""
-        return without_credentials(self._sender.state.uri)
+        return without_credentials(self._outbox.state.uri)
 
     @property
     def peak_rss_bytes(self) -> int:
@@ -97,12 +98,12 @@ class Run:
 
         Say with `status` how it ended; one that is still running when this run closes ends like it.
         """
-        mine = self._sender.state
-        sender, lock = _open(self._sender.directory.parent / name, mine.uri, mine.experiment, mine.name)
-        sender.recorder.status("RUNNING")
+        mine = self._outbox.state
+        outbox, lock = _open(self._outbox.directory.parent / name, mine.uri, mine.experiment, mine.name)
+        outbox.recorder.status("RUNNING")
         self._locks.append(lock)
-        self._children.append(sender)
-        return sender.recorder
+        self._children.append(outbox)
+        return outbox.recorder
 
     def close(self, status: Status = "FINISHED") -> Delivery:
         """Record the end, try once more to deliver, and tell what is left. Never raises for a server.
@@ -117,10 +118,10 @@ class Run:
                     if child.recorder.last_status() == "RUNNING":
                         child.recorder.status(status)
             except OSError as error:  # what stopped the run, such as a full disk, is on its way up
-                log.warning("the end of run %r is not recorded: %s", self._sender.state.name, error)
+                log.warning("the end of run %r is not recorded: %s", self._outbox.state.name, error)
             self._closing.set()
             self._thread.join(FINAL_WAIT_S)
-            self._delivery = _delivery(self._sender, self._trouble)
+            self._delivery = _delivery(self._outbox, self._trouble)
             waiting = sum(child.waiting_records() for child in self._children)
             self._delivery = replace(self._delivery, waiting_records=self._delivery.waiting_records + waiting)
             for lock in self._locks:
@@ -142,17 +143,19 @@ class Run:
         pause_s, closing = EVERY_S, False
         while not closing:
             closing = self._closing.wait(pause_s)
-            try:
-                for sender in (self._sender, *self._children):  # a child needs its parent's id
-                    sender.deliver()
-            except TROUBLE as error:
-                if self._trouble is None:
-                    log.warning("%s takes no records: %s; the run goes on", self.uri, short_reason(error))
-                self._trouble = short_reason(error)
-                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-            else:
-                self._trouble = None
-                pause_s = EVERY_S
+            trouble = _deliver([self._outbox, *self._children], self._request_timeout_s)  # parents first
+            if trouble is not None and self._trouble is None:
+                log.warning("%s takes no records: %s; the run goes on", self.uri, trouble)
+            self._trouble = trouble
+            pause_s = EVERY_S if trouble is None else min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+def _deliver(outboxes: Sequence[Outbox], request_timeout_s: int) -> str | None:
+    """Send what waits until something is in the way, and say what that is."""
+    from recsys_dist import delivery  # with MLflow: a second, which a run's thread has while Ray starts
+
+    delivery.prepare_mlflow(request_timeout_s)
+    return next(filter(None, map(delivery.deliver, outboxes)), None)
 
 
 def open_run(cfg: TrackingConfig, out: Path, name: str) -> Run:
@@ -161,16 +164,16 @@ def open_run(cfg: TrackingConfig, out: Path, name: str) -> Run:
     Its records lie in `out`/tracking/`name`. Returns at once, whether the server answers or not.
     Raises ConfigError where another living process writes the same run.
     """
-    prepare_mlflow(cfg.request_timeout_s)
     uri = cfg.uri or f"sqlite:///{out.resolve() / 'mlflow.db'}"
-    sender, lock = _open((out / "tracking" / name).resolve(), uri, cfg.experiment, parent=None)
-    sender.recorder.status("RUNNING")
-    sender.recorder.tags(provenance())
-    return Run(sender, UsageSampler(sender.recorder, cfg.system_metrics_every_s), lock)
+    outbox, lock = _open((out / "tracking" / name).resolve(), uri, cfg.experiment, parent=None)
+    outbox.recorder.status("RUNNING")
+    outbox.recorder.tags(provenance())
+    sampler = UsageSampler(outbox.recorder, cfg.system_metrics_every_s)
+    return Run(outbox, sampler, lock, cfg.request_timeout_s)
 
 
-def _open(directory: Path, uri: str, experiment: str, parent: str | None) -> tuple[Sender, int]:
-    """The sender of a run's directory, and the lock on it; what was sent to another server is sent again."""
+def _open(directory: Path, uri: str, experiment: str, parent: str | None) -> tuple[Outbox, int]:
+    """The outbox of a run's directory, and the lock on it; what was sent to another server is sent again."""
     directory.mkdir(parents=True, exist_ok=True)
     lock = try_lock(directory / "lock")
     if lock is None:
@@ -183,9 +186,9 @@ def _open(directory: Path, uri: str, experiment: str, parent: str | None) -> tup
         state = State(uri, experiment, directory.name, token=os.urandom(16).hex(), parent=parent)
     elif (state.uri, state.experiment) != (uri, experiment):  # another server hears it all from the start
         state = replace(state, uri=uri, experiment=experiment, run_id=None, delivered_bytes=0)
-    sender = Sender(directory, state)
-    state.save(directory)
-    return sender, lock
+    outbox = Outbox(directory, state)
+    outbox.save(state)
+    return outbox, lock
 
 
 def deliver_pending(out: Path, request_timeout_s: int = 5) -> list[Delivery]:
@@ -194,34 +197,27 @@ def deliver_pending(out: Path, request_timeout_s: int = 5) -> list[Delivery]:
     A run whose driver died without a word is marked KILLED. Runs that a living process writes are left
     alone, and a server that fails once is not asked again in this call.
     """
-    prepare_mlflow(request_timeout_s)
     deliveries: list[Delivery] = []
     failed: dict[str, str] = {}
     for path in sorted((out / "tracking").resolve().glob("*/state.json")):
         state, lock = load_state(path.parent), try_lock(path.parent / "lock")
         if state is not None and lock is not None:
-            sender = Sender(path.parent, state)
-            if sender.recorder.last_status() == "RUNNING":
-                sender.recorder.status("KILLED")
-            if sender.waiting_records():
-                deliveries.append(_deliver_once(sender, failed))
+            outbox = Outbox(path.parent, state)
+            if outbox.recorder.last_status() == "RUNNING":
+                outbox.recorder.status("KILLED")
+            if outbox.waiting_records():
+                if (trouble := failed.get(state.uri)) is None:
+                    trouble = _deliver([outbox], request_timeout_s)
+                if trouble is not None:
+                    failed[state.uri] = trouble
+                deliveries.append(_delivery(outbox, trouble))
         if lock is not None:
             os.close(lock)
     return deliveries
 
 
-def _deliver_once(sender: Sender, failed: dict[str, str]) -> Delivery:
-    uri = sender.state.uri
-    if uri not in failed:
-        try:
-            sender.deliver()
-        except TROUBLE as error:
-            failed[uri] = short_reason(error)
-    return _delivery(sender, failed.get(uri))
-
-
-def _delivery(sender: Sender, trouble: str | None) -> Delivery:
-    return Delivery(sender.state.name, sender.state.run_id, sender.waiting_records(), trouble)
+def _delivery(outbox: Outbox, trouble: str | None) -> Delivery:
+    return Delivery(outbox.state.name, outbox.state.run_id, outbox.waiting_records(), trouble)
 
 
 def provenance() -> dict[str, str]:

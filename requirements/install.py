@@ -28,7 +28,7 @@ If the lines above say "No matching distribution", your package index has only t
   - show pip where PyTorch's CPU wheels are (the PyTorch site names the address under "CPU"), then run
     make again:   export PIP_EXTRA_INDEX_URL=<that address>      or, for a folder of wheels:
                   export PIP_FIND_LINKS=<that folder>
-  - or take the CUDA build (several GB, works without a GPU too):   make CUDA=1 ...
+  - or, where NVIDIA's driver is installed, take the CUDA build (several GB):   make CUDA=1 ...
 """
 
 

@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 
 from jobs import bench_checkpoint, bench_overhead, bench_train
 from recsys_dist.errors import ConfigError
@@ -24,7 +26,15 @@ def test_overheads_are_medians_of_repeats() -> None:
     assert "+10.0% (+5.0%..+15.0%)" in bench_overhead.table(told)
 
 
+@pytest.fixture
+def ended() -> Iterator[None]:
+    """The cluster that a job leaves to the end of its process."""
+    yield
+    ray.shutdown()
+
+
 @pytest.mark.ray
+@pytest.mark.usefixtures("ended")
 def test_our_kinds_are_measured_beside_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_worker_niceness", "0")  # which the job sets for good
     few = ["--steps", "2", "--repeats", "1", "--batch-rows", "64"]

@@ -3,12 +3,15 @@
 import errno
 import re
 import signal
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from jobs import recipes
+from jobs import recipes, train, tune
 from jobs.command import reported
 from recsys_dist.errors import ConfigError, DataError
+from tests.train import prepared
 
 
 @pytest.mark.parametrize(
@@ -44,6 +47,44 @@ def test_any_other_error_of_the_system_is_a_bug_and_keeps_its_traceback() -> Non
 
     with pytest.raises(FileNotFoundError):
         reported(job, [])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared.make(tmp_path_factory.mktemp("prepared") / "data")
+
+
+@pytest.mark.parametrize(
+    ("job", "argv", "said"),
+    [
+        (train, ["mlp", "model.hidden=[64,0]"], "'hidden.1': .*greater than or equal to 1"),
+        (train, ["deep_crossing", "model.hidden=[0]"], "'hidden.0'"),
+        (train, ["dlrm", "model.bottom=[0]"], "'bottom.0'"),
+        (train, ["din", "model.unit_hidden=[0]"], "'unit_hidden.0'"),
+        (train, ["two_tower", "model.item_hidden=[-1]"], "'item_hidden.0'"),
+        (train, ["youtubednn", "model.hidden=[0]"], "'hidden.0'"),
+        (train, ["mlp", "model.hidden=[10000000000000]"], "do not fit in this machine's memory; lower"),
+        (train, ["mlp", "model.hidden=[1000000000000000000]"], "do not fit in this machine's memory; lower"),
+        (train, ["mlp", "model.name=..a:Model"], "name its module in full"),
+        (train, ["mlp", "model.name=5"], "needs its name"),
+        (train, ["mlp", "sharding.ids={item: -1}"], "'sharding.ids.item'.*greater than or equal to 0"),
+        (train, ["mlp", "sharding.ids={item: .nan}"], "'sharding.ids.item'.*finite"),
+        (train, ["mlp", f"seed={2**63}"], "'seed'.*less than"),
+        (train, ["sasrec", f"model.negatives_seed={2**63}"], "'negatives_seed'.*less than"),
+        (train, ["two_tower", "model.negatives_alpha=1000"], "'negatives_alpha'.*less than or equal to 10"),
+        (train, ["mlp", "model={hidden: [1"], "model={hidden: .1: not valid YAML"),
+        (tune, ["mlp", "--rungs", "[0.5"], "--rungs: not valid YAML"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_told_in_one_line(
+    job: ModuleType, argv: list[str], said: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert reported(job.main, [*argv, f"data={data}", *["--plan"] * (job is train)]) == 2
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert re.fullmatch(f"error: .*({said}).*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("words", [["--data", "runs/data"], ["--batch-rows=64"], ["--optimizer.deep.lr=0.1"]])

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,7 @@ from jobs.tracked import add_evaluation
 from recsys_dist.batch import Batch
 from recsys_dist.config import rng_for
 from recsys_dist.data.prepared import Manifest, Prepared
-from recsys_dist.errors import DataError
+from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.evaluate import EvaluateConfig, Trained, evaluate_ranking, evaluate_recall, write_json
 from recsys_dist.evaluate.item_cosine import similarity
 from recsys_dist.outbox import Recorder
@@ -324,6 +325,12 @@ def test_tables_show_every_scorer(prepared: Prepared) -> None:
 def test_command_line_settings_may_follow_options() -> None:
     cfg, args = parse(["checkpoint", "--data", "prepared", "split=valid", "ks=[20]"])
     assert (cfg.split, cfg.ks, args.checkpoint, args.data) == ("valid", (20,), "checkpoint", "prepared")
+
+
+@pytest.mark.parametrize("settings", [{"ks": [0]}, {"ks": [-1, 50]}, {"encoded": []}])
+def test_cuts_below_one_and_no_features_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        EvaluateConfig.parse(settings)
 
 
 def test_an_evaluation_joins_the_run_that_trained_the_checkpoint(tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def test_a_model_of_ones_own_is_a_file_anywhere(tmp_path, monkeypatch):
     (tmp_path / "my_models").mkdir()
     (tmp_path / "my_models/tower.py").write_text(TOWER)
     (tmp_path / "my_models/empty.py").write_text("")
+    (tmp_path / "my_models/nameless.py").write_text("from recsys_dist.models.mlp import Config, Model")
     monkeypatch.syspath_prepend(tmp_path)
     cfg, *_ = recipes.parse(["--model", "my_models.tower:Model", "model.extra=5", "model.hidden=[8]"])
     assert (cfg.model.extra, cfg.model.hidden, cfg.task) == (5, (8,), "ranking")
@@ -66,6 +67,7 @@ def test_a_model_of_ones_own_is_a_file_anywhere(tmp_path, monkeypatch):
     for name, message in (
         ("my_models.towr:Model", "No module named 'my_models.towr'"),
         ("my_models.empty:Model", "has no Config"),
+        ("my_models.nameless:Model", 'must say .*: `name: str = "my_models.nameless:Model"`'),
         ("my_models.tower:Tower", "name it as …:Model"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -23,6 +23,13 @@ def test_the_address_for_submitting_jobs_is_no_cluster(monkeypatch: pytest.Monke
         session.connect()
 
 
+def test_a_cluster_started_here_listens_where_the_user_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_GCS_SERVER_PORT", "7001")
+    own = session._own_address()
+    assert own.keys() == {"RAY_ADDRESS"}, "the user's variable is neither replaced nor removed afterwards"
+    assert own["RAY_ADDRESS"].endswith(":7001")
+
+
 @pytest.mark.ray
 def test_processes_of_a_cluster_started_here_know_its_address_and_the_driver_keeps_its_environment() -> None:
     code = (

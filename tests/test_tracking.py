@@ -314,13 +314,13 @@ def test_a_server_that_is_down_delays_nothing_and_hears_everything_later(
     assert (sent.waiting_records, sent.trouble) == (0, None)
     run = open_run(cfg, tmp_path, "run")
     run.record.metrics({"loss": 0.8}, step=1)
-    wait_until(lambda: run._sender.waiting_records() == 0)
+    wait_until(lambda: run._outbox.waiting_records() == 0)
     server.kill()  # in the middle of the run
     run.record.metrics({"loss": 0.7}, step=2)
     run.record.text("done", "summary.txt")
     wait_until(lambda: run._trouble is not None)
     server.start()
-    wait_until(lambda: run._sender.waiting_records() == 0)
+    wait_until(lambda: run._outbox.waiting_records() == 0)
     assert run.close().waiting_records == 0
 
     client, stored = fetch(tmp_path, str(sent.run_id), server.uri)

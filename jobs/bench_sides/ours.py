@@ -19,7 +19,8 @@ from recsys_dist.models.protocol import Catalogue, model_module, model_names
 from recsys_dist.schema import Categorical, Label, Numeric, Schema, Sequence, Sessions
 from recsys_dist.train.loop import Epoch, Loss, Workers, idle_batch
 from recsys_dist.train.optim import OptimizerConfig
-from recsys_dist.train.sharding import ShardingConfig, shard
+from recsys_dist.train.placement import ShardingConfig
+from recsys_dist.train.sharding import shard
 
 MODELS = tuple(name for name in model_names() if name != "youtubednn_ranking")  # it is wide_deep's tower
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from recsys_dist.config import Config
 from recsys_dist.data.output import write_text
@@ -27,11 +27,15 @@ class EvaluateConfig(Config):
 
     split: Literal["valid", "test"] = "test"
     batch_rows: int = Field(8192, ge=1, description="rows scored at once; part of what exact results mean")
-    ks: tuple[int, ...] = Field((50, 100, 200), min_length=1, description="cuts of the recall metrics")
+    ks: tuple[PositiveInt, ...] = Field(
+        (50, 100, 200), min_length=1, description="cuts of the recall metrics"
+    )
     bootstrap: int = Field(200, ge=2, description="replicates behind the 95 % intervals")
     seed: int = 0
     encoded: tuple[str, ...] | None = Field(
-        None, description="id features of the target encoding; None takes ids and categorical context"
+        None,
+        min_length=1,
+        description="id features of the target encoding; None takes ids and categorical context",
     )
     smoothing: float = Field(20.0, gt=0, description="rows of prior in the target encoding's rates")
     item_pairs: int = Field(

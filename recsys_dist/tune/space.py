@@ -32,6 +32,9 @@ DIGITS = 4  # of a drawn float: recipes are read by people
 
 Values = dict[str, Any]  # dotted setting -> value
 
+# What is alike in all trials: the sweep sets it itself, or it is what trials are compared by.
+_FIXED = ("data", "newest_fraction", "refit", "checkpoints", "metric", "label")
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -178,6 +181,10 @@ def settings(base: TrainConfig, values: Values) -> TrainConfig:
 
 
 def _axis(key: str, declared: Any) -> Axis:
+    if key in _FIXED:
+        raise ConfigError(
+            f"search space, {key}: it is alike in all trials, as {', '.join(_FIXED)} are; take it out"
+        )
     if not isinstance(declared, Mapping) or len(declared) != 1:
         raise ConfigError(
             f"search space, {key}: expected one of {{choice: [..]}}, {{log: [low, high]}}, "

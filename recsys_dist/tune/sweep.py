@@ -39,7 +39,7 @@ class SweepConfig(Config):
     trials: int = Field(20, ge=1)
     rungs: tuple[float, ...] = Field(
         (1 / 16, 1 / 4, 1.0),
-        description="parts of the training rows, the newest ones; the last is all of them",
+        description="parts of the rows that the run trains on, the newest ones; the last is all of them",
     )
     keep: int = Field(4, ge=2, description="one trial in so many goes on to the next rung")
     seed: int = 0
@@ -56,6 +56,10 @@ class SweepConfig(Config):
     @property
     def plan(self) -> Plan:
         return Plan(self.trials, self.rungs, self.keep, self.train.chosen_metric not in LESS_IS_BETTER)
+
+    def fraction(self, rung: int) -> float:
+        """The `newest_fraction` that a trial trains on at a rung."""
+        return self.rungs[rung] * self.train.newest_fraction
 
     def directory(self, prepared: Prepared, out: str | Path) -> Path:
         """Where the sweep lives, below `out`: named after all that it means, how long it runs aside."""
@@ -88,6 +92,7 @@ def sweep(cfg: SweepConfig, out: str | Path, listener: Listener) -> Ledger:
             # Ray warns of many small processes, as a sweep's are, beyond four times this number
             os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(2 * (os.cpu_count() or 1)))
             session.connect(dashboard=True)
+            trainer.check_cluster(cfg.train)
             _run(jobs, cfg, directory)
         return jobs.ledger
 
@@ -114,7 +119,7 @@ class _Jobs(Searcher):
         self.listener.started(job.trial, values)
         fixed = {
             "data": str(Path(self.cfg.train.data).absolute()),
-            "newest_fraction": self.cfg.rungs[job.rung],
+            "newest_fraction": self.cfg.fraction(job.rung),
             "refit": False,
             "checkpoints": None,  # most trials leave nothing behind
         }
@@ -158,11 +163,15 @@ class _Jobs(Searcher):
         return self.space.propose(told, self.cfg.plan.maximise, own, self.cfg.seed)
 
     def _forget_losers(self) -> None:
-        """Delete all checkpoints but that of the best trial on the last rung."""
+        """Delete the runs on the last rung but that of its best trial, and those that are under way.
+
+        Whole runs: a trial that was checked and is promoted later has to train its checkpoint anew.
+        """
         best = self.ledger.ranked(self.cfg.plan.last, self.cfg.plan.maximise)[:1]
+        kept = {*best, *(job.trial for job in self.running.values())}
         for job, result in self.ledger.results.items():
-            if result.checkpoint and job.trial not in best:
-                shutil.rmtree(Path(result.checkpoint).parent, ignore_errors=True)
+            if result.checkpoint and job.trial not in kept:
+                shutil.rmtree(Path(result.checkpoint).parents[1], ignore_errors=True)
 
 
 def _run(jobs: _Jobs, cfg: SweepConfig, directory: Path) -> None:
@@ -196,26 +205,35 @@ def _run(jobs: _Jobs, cfg: SweepConfig, directory: Path) -> None:
 
 def _train(job: dict[str, Any]) -> dict[str, Any]:
     """A trial's driver: trains, and returns a `Result` without its job, as text, for Ray flattens dicts."""
+    try:
+        outcome = _outcome(job)
+    except RecsysError as error:  # of the cluster, the machine or a store: the next start may find it mended
+        outcome = _failed(str(error), again=True)
+    return {"outcome": json.dumps(outcome)}
+
+
+def _outcome(job: dict[str, Any]) -> dict[str, Any]:
     cfg = TrainConfig.parse(job["config"])
+    prepared = Prepared.open(cfg.data)
+    try:
+        cfg.check(prepared)
+    except ConfigError as error:
+        return _failed(str(error), again=False)
     try:
         fitted = trainer.fit(cfg, job["out"])
-    except (NonFiniteLossError, ConfigError) as error:
-        run = trainer.run_directory(cfg, Prepared.open(cfg.data), job["out"])
-        shutil.rmtree(run / "choose", ignore_errors=True)
-        return {"outcome": json.dumps(_failed(str(error), again=False))}
-    except RecsysError as error:
-        return {"outcome": json.dumps(_failed(str(error), again=True))}
+    except NonFiniteLossError as error:
+        shutil.rmtree(trainer.run_directory(cfg, prepared, job["out"]) / "choose", ignore_errors=True)
+        return _failed(str(error), again=False)
     if not job["last"]:
         shutil.rmtree(fitted.checkpoint.parent, ignore_errors=True)
     best = best_epoch(fitted.history, cfg.chosen_metric) - 1
-    outcome = {
+    return {
         "value": fitted.history[best][cfg.chosen_metric],
         "trained_rows": sum(entry["trained_rows"] for entry in fitted.history),
         "seconds": fitted.seconds,
         "checkpoint": str(fitted.checkpoint) if job["last"] else None,
         "history": fitted.history,
     }
-    return {"outcome": json.dumps(outcome)}
 
 
 def _failed(error: str, again: bool) -> dict[str, Any]:

@@ -117,6 +117,17 @@ def test_every_recipe_has_a_space(recipe, data):
         ({"model.dropout": 0.5}, r"expected one of \{choice"),
         ({"model.dropout": {"choice": 0.5}}, "choice takes a list, given: 0.5"),
         ({"epochs": {"choice": []}}, "choice takes a list"),
+        *(
+            ({key: {"choice": [value]}}, f"{key}: it is alike in all trials.*take it out")
+            for key, value in {
+                "data": "d",
+                "newest_fraction": 0.5,
+                "refit": True,
+                "checkpoints": "c",
+                "metric": "recall@10",
+                "label": None,
+            }.items()
+        ),
         ({"batch_rows": {"choice": [64, 1]}}, r"batch_rows=1 are fewer than the workers \(num_workers=2\)"),
     ],
 )

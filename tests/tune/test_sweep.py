@@ -7,16 +7,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
 
 from jobs import recipes
 from jobs import tune as job
-from recsys_dist.errors import ConfigError
+from recsys_dist.data.prepared import Prepared
+from recsys_dist.errors import ConfigError, NonFiniteLossError, RecsysError, TrainError
 from recsys_dist.train.checkpoint import load_for_inference
 from recsys_dist.tune import sweep as running
 from recsys_dist.tune.ledger import Job, Ledger
+from recsys_dist.tune.space import Space
 from tests.train import prepared
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -107,6 +110,81 @@ def test_as_many_trials_at_a_time_as_fit(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert at_a_time({"CPU": 2.0}, "num_workers=4") == 1
     assert at_a_time({"CPU": 64.0, "GPU": 4.0}, "num_workers=2", "use_gpu=true") == 2
     assert at_a_time({"CPU": 16.0}, "--concurrent", "3") == 3
+
+
+def test_a_cluster_that_is_too_small_ends_a_sweep_before_any_trial(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    prepared.make(tmp_path / "data")
+    (tmp_path / "space.yaml").write_text(SPACE)
+    monkeypatch.setattr(running.session, "connect", lambda **_: None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(running, "_run", lambda *_: pytest.fail("a trial was started"))
+    cfg, args = job.parse([*arguments(tmp_path), "num_workers=2"])
+    with pytest.raises(ConfigError, match=r"need 2 CPUs and the cluster has 1; take fewer workers"):
+        running.sweep(cfg, args.out, SimpleNamespace())
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (ConfigError("training would hold 9 GiB, and this machine has 4"), True),
+        (TrainError("a worker was lost"), True),
+        (NonFiniteLossError("row 7"), False),
+    ],
+)
+def test_a_trial_fails_for_good_by_its_settings_alone(
+    error: RecsysError, again: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fit(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(running.trainer, "fit", fit)
+    cfg = {"data": str(prepared.make(tmp_path / "data")), "model": {"name": "mlp"}}
+    found = json.loads(running._train({"config": cfg, "out": str(tmp_path), "last": True})["outcome"])
+    assert (found["value"], found["error"], found["again"]) == (None, str(error), again)
+    wrong = {"config": {**cfg, "label": "clik"}, "out": str(tmp_path), "last": True}
+    found = json.loads(running._train(wrong)["outcome"])
+    assert "did you mean 'click'" in found["error"] and not found["again"]
+
+
+def jobs_of(folder: Path, *more: str) -> running._Jobs:
+    """A sweep's, with nothing in its ledger."""
+    data = Prepared.open(prepared.make(folder / "data"))
+    (folder / "space.yaml").write_text(SPACE)
+    cfg, _ = job.parse([*arguments(folder), *more])
+    ledger = Ledger(folder / "trials.jsonl")
+    listener = SimpleNamespace(started=lambda *_: None, finished=lambda *_: None)
+    return running._Jobs(cfg, Space.parse(cfg.space, cfg.train, data), ledger, listener)
+
+
+def outcome(value: float, checkpoint: Path | None = None) -> dict[str, str]:
+    found = {"value": value, "trained_rows": 1, "seconds": 1.0, "checkpoint": checkpoint and str(checkpoint)}
+    return {"outcome": json.dumps(found)}
+
+
+def test_rungs_are_parts_of_the_rows_that_the_run_is_to_train_on(tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path, "newest_fraction=0.1")
+    assert jobs.suggest("a")["config"]["newest_fraction"] == 0.05
+    jobs.on_trial_complete("a", outcome(0.5))
+    promoted = jobs.suggest("b")
+    assert promoted["last"] and promoted["config"]["newest_fraction"] == 0.1
+
+
+def test_a_loser_that_is_promoted_later_is_trained_anew(tmp_path: Path) -> None:
+    """Of a finished run without its checkpoint, a promotion would name what is not there."""
+    jobs = jobs_of(tmp_path, "--check")
+    runs = [tmp_path / f"trials/{trial}/run" for trial in range(3)]
+    for trial, value in enumerate((0.9, 0.5, 0.6)):
+        (runs[trial] / "choose/epoch-0001").mkdir(parents=True)
+        (runs[trial] / "result.json").write_text("{}")
+        jobs.ledger.start({})
+        jobs.running["now"] = Job(trial, jobs.cfg.plan.last, check=trial > 0)
+        jobs.running["other"] = Job(1, jobs.cfg.plan.last)
+        jobs.on_trial_complete("now", outcome(value, runs[trial] / "choose/epoch-0001"))
+    assert [run.exists() for run in runs] == [True, True, False], "the best, and one that trains now"
+    jobs.on_trial_complete("other", outcome(0.8, runs[1] / "choose/epoch-0001"))
+    assert [run.exists() for run in runs] == [True, False, False]
 
 
 @pytest.mark.parametrize(

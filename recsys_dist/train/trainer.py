@@ -190,8 +190,10 @@ def _train(cfg: TrainConfig, run: Path) -> None:
     # a group's processes are ended after it, so Ray need not wait 30 s for one of them that hangs to leave it
     os.environ.setdefault(END_TIMEOUT, "3")
     ENV_VARS_TO_PROPAGATE.add(END_TIMEOUT)
-    # Ray's view of the nodes is up to 20 s old: after it has lost one, an elastic run may wait for it so long
-    os.environ[ROOM_TIMEOUT] = "25" if cfg.fewest_workers < cfg.most_workers else "60"
+    elastic = cfg.fewest_workers < cfg.most_workers
+    # Ray's view of the nodes is up to 20 s old: an elastic run that has lost one may find no room a few times, which
+    # is no failure of the training
+    os.environ[ROOM_TIMEOUT] = "10" if elastic else "60"
     # a worker that hangs alone: with others, their collectives end
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(cfg.timeout_s)
     scratch = run / "ray"  # Ray Train's own files, of no use afterwards: we resume from our checkpoints
@@ -215,7 +217,7 @@ def _train(cfg: TrainConfig, run: Path) -> None:
             storage_path=str(scratch),
             failure_config=FailureConfig(
                 max_failures=cfg.max_failures,
-                controller_failure_limit=cfg.max_failures,  # type: ignore[call-arg]
+                controller_failure_limit=10 * (cfg.max_failures + 1) if elastic else cfg.max_failures,  # type: ignore[call-arg]
             ),
         ),
     )

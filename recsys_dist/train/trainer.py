@@ -191,8 +191,8 @@ def _train(cfg: TrainConfig, run: Path) -> None:
     os.environ.setdefault(END_TIMEOUT, "3")
     ENV_VARS_TO_PROPAGATE.add(END_TIMEOUT)
     elastic = cfg.fewest_workers < cfg.most_workers
-    # Ray's view of the nodes is up to 20 s old: an elastic run that has lost one may find no room a few times, which
-    # is no failure of the training
+    # Ray's view of the nodes is up to 20 s old: an elastic run that lost one may find no room a few times,
+    # which is no failure of the training
     os.environ[ROOM_TIMEOUT] = "10" if elastic else "60"
     # a worker that hangs alone: with others, their collectives end
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(cfg.timeout_s)

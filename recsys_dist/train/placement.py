@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner, SortBy
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import CacheParams
 from torchrec.modules.embedding_configs import DataType
@@ -26,7 +27,6 @@ Offload = Literal["fused_uvm", "fused_uvm_caching"]
 
 _COLUMNS = 4  # narrowest column-wise shard, FBGEMM's vector width
 _FLOAT_BYTES = 4
-_LINE_BYTES = 64  # of a CPU's cache: a narrower row takes as long to fetch
 # On CPU the planner's cost model, made for GPUs, cuts every table by rows; whole tables are faster (22 tables
 # of 100k rows, 2 workers over gloo, batch 4,096: 40 ms a step against 60). Larger ones it may cut.
 _WHOLE_BYTES = 1 << 30
@@ -162,18 +162,17 @@ def _constraints(
             sharding_types=_kinds(cfg, config, weight, rules[weight], device),
             compute_kernels=[cfg.offload[config.name]] if config.name in cfg.offload else None,
             min_partition=_COLUMNS,
-            pooling_factors=_ids_per_feature(cfg, config, device),
+            pooling_factors=_ids_per_feature(cfg, config),
             cache_params=CacheParams(load_factor=cfg.cached) if config.name in cfg.offload else None,
         )
         for weight, config in tables.items()
     }
 
 
-def _ids_per_feature(cfg: ShardingConfig, table: Any, device: str) -> list[float]:
-    """What the planner multiplies with the bytes of a table's row, for each feature that looks it up."""
+def _ids_per_feature(cfg: ShardingConfig, table: Any) -> list[float]:
+    """What the planner multiplies with the cost of a lookup, for each feature that looks the table up."""
     features = len(table.feature_names)
-    line = max(1.0, _LINE_BYTES / (table.embedding_dim * _FLOAT_BYTES)) if device == "cpu" else 1.0
-    return [line * cfg.ids.get(table.name, features) / features] * features
+    return [cfg.ids.get(table.name, features) / features] * features
 
 
 def _kinds(cfg: ShardingConfig, table: Any, weight: str, rule: TableOptimizer, device: str) -> list[str]:
@@ -237,7 +236,11 @@ def planner_of(
     memory = {"ddr_cap": _ANY_BYTES} if device == "cpu" else {"hbm_cap": _gpu_bytes(), "ddr_cap": _ANY_BYTES}
     with quiet():
         topology = Topology(world_size=workers, compute_device=device, **memory)
-        return EmbeddingShardingPlanner(topology=topology, constraints=constraints, stats=[])
+        # it places the most work first; by default the largest table, and what is left of work goes anywhere
+        by_work = GreedyPerfPartitioner(sort_by=SortBy.PERF)
+        return EmbeddingShardingPlanner(
+            topology=topology, constraints=constraints, partitioner=by_work, stats=[]
+        )
 
 
 def _gpu_bytes() -> int:

@@ -33,7 +33,7 @@ def test_a_table_of_many_ids_has_a_worker_of_its_own() -> None:
     assert together(dims, {"c": 12.0}) == [{"c"}, {"a", "b", "d"}]
 
 
-def test_a_narrow_row_costs_a_cpu_as_much_as_one_of_a_cache_line() -> None:
+def test_small_tables_of_many_ids_are_placed_first() -> None:
     dims = {"narrow": 4, "a": 16, "b": 16, "c": 16}
     assert together(dims, {"narrow": 3.5}) == [{"narrow"}, {"a", "b", "c"}]
 

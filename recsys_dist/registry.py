@@ -37,7 +37,7 @@ from recsys_dist.delivery import (
 )
 from recsys_dist.errors import BundleError, RegistryError
 from recsys_dist.gates import Gate, GateConfig, Metrics, judge, report, same_days
-from recsys_dist.manifest import MANIFEST, Manifest
+from recsys_dist.manifest import GOLDEN, MANIFEST, Manifest
 from recsys_dist.outbox import without_credentials
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class Registry:
         """
         candidate = manifest.verify(directory)
         with self._asked(make=True), one_writer(self.cfg.uri):
-            version = self._registered(candidate.version) or self._upload(directory, candidate)
+            version = self._registered(candidate) or self._upload(directory, candidate)
             champion = self._champion()
             if champion is not None and champion.tags.get(_BUNDLE) == candidate.version:
                 if champion.version != version.version:  # the same, that was not whole any more
@@ -206,8 +206,12 @@ class Registry:
             f"registered model {self.cfg.model!r} has no version or alias {which!r}; it has: {known}"
         )
 
-    def _registered(self, bundle: str) -> ModelVersion | None:
-        """The newest version that has the bundle; None where its files are no longer there and whole."""
+    def _registered(self, candidate: Manifest) -> ModelVersion | None:
+        """The newest version that has the bundle; None where it is no longer whole, or answers otherwise.
+
+        Golden answers are no part of a bundle's version: a newer program may have made others.
+        """
+        bundle = candidate.version
         found = self._client.search_model_versions(
             f"name = '{self.cfg.model}' and tags.{_BUNDLE} = '{bundle}'"
         )
@@ -216,11 +220,14 @@ class Registry:
             return None
         try:
             with tempfile.TemporaryDirectory() as folder:
-                self._download(str(version.source), Path(folder), bundle)
+                there = manifest.read(self._download(str(version.source), Path(folder), bundle))
         except (BundleError, *TROUBLE) as error:
             log.warning(
                 "version %s is not whole, uploading it anew: %s", version.version, short_reason(error)
             )
+            return None
+        if there.files.get(GOLDEN) != candidate.files.get(GOLDEN):
+            log.warning("version %s has other golden answers, uploading it anew", version.version)
             return None
         return version
 
@@ -271,15 +278,18 @@ class Registry:
     ) -> list[Gate]:
         if champion is None:
             return judge(candidate, None, cfg)
-        measured = None
-        with tempfile.TemporaryDirectory() as folder:
-            mlflow.artifacts.download_artifacts(
-                artifact_uri=f"{champion.source}/{MANIFEST}", dst_path=folder, tracking_uri=self.cfg.uri
-            )
-            former = manifest.read(Path(folder))
-            if measure is not None and not same_days(candidate, former):
+        measured, former = None, self._manifest(champion)
+        if measure is not None and not same_days(candidate, former):
+            with tempfile.TemporaryDirectory() as folder:
                 measured = measure(self._fetched(champion, Path(folder)))
         return judge(candidate, former, cfg, measured)
+
+    def _manifest(self, version: ModelVersion) -> Manifest:
+        with tempfile.TemporaryDirectory() as folder:
+            mlflow.artifacts.download_artifacts(
+                artifact_uri=f"{version.source}/{MANIFEST}", dst_path=folder, tracking_uri=self.cfg.uri
+            )
+            return manifest.read(Path(folder))
 
     def _fetched(self, version: ModelVersion, cache: Path) -> Path:
         bundle = version.tags.get(_BUNDLE, "")
@@ -290,11 +300,12 @@ class Registry:
         path = cache / bundle
         if path.is_dir():
             try:
-                manifest.verify(path)
-                return path
+                if manifest.verify(path).files.get(GOLDEN) == self._manifest(version).files.get(GOLDEN):
+                    return path
+                log.info("the registry has other golden answers of bundle %s; fetching it anew", bundle)
             except BundleError as error:
                 log.warning("%s; fetching it anew", error)
-                shutil.rmtree(path)
+            shutil.rmtree(path)
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=cache) as folder:
             fetched = self._download(str(version.source), Path(folder), path.name)

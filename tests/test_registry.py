@@ -180,6 +180,20 @@ def test_what_is_no_longer_whole_in_the_registry_is_uploaded_anew(
     assert registry.rollback().bundle == fair.name
 
 
+def test_other_golden_answers_are_uploaded_and_fetched_anew(
+    registry: Registry, variants: list[Path], tmp_path: Path
+) -> None:
+    """As a newer program gives them: they are no part of a bundle's version."""
+    bundle, cache = Bundle.open(variants[0]), tmp_path / "cache"
+    for number, answer in enumerate(("former", "newer"), start=1):
+        made = bundle.save(tmp_path / answer, lambda _, a=answer: [{"answer": a}]).path
+        for _ in range(2):
+            assert registry.publish(made).entry.number == str(number)
+        found = registry.resolve(CHAMPION, cache)
+        assert found == cache / bundle.manifest.version
+        assert Bundle.open(found).golden == [{"answer": answer}]
+
+
 def test_a_champion_of_other_days_is_measured_anew(
     registry: Registry, variants: list[Path], bundle: Bundle, tmp_path: Path
 ) -> None:

@@ -61,11 +61,6 @@ class Plan:
     exchanged: Mapping[str, int]
     exchange: str = "fp32"
 
-    @property
-    def largest_bytes(self) -> int:
-        """What the fullest worker holds."""
-        return int(np.sum(list(self.holds.values()), axis=0).max())
-
     def refuse_beyond(self, machine_bytes: int) -> None:
         """ConfigError where all workers together hold more than a machine has, with what to do about it."""
         held = int(np.sum(list(self.holds.values())))

@@ -18,13 +18,7 @@ from torchrec.distributed.types import ShardingPlan
 
 from recsys_dist.train.collectives import connect
 from recsys_dist.train.increments import Touched
-from recsys_dist.train.optim import (
-    OptimizerConfig,
-    Optimizers,
-    accumulators_of,
-    attach,
-    table_rules,
-)
+from recsys_dist.train.optim import OptimizerConfig, Optimizers, attach, table_rules
 from recsys_dist.train.pieces import pieces, placed_as
 from recsys_dist.train.placement import ShardingConfig, narrow, planner_of, quiet, tables_of
 from recsys_dist.train.sharders import sharders
@@ -133,22 +127,6 @@ def materialise(model: nn.Module, seed: int, device: torch.device | str = "cpu")
     tables = tables_of(model)
     fill({name: w for name, w in model.state_dict().items() if name in tables}, tables, seed)
     return model.to(device)
-
-
-def train_unsharded(
-    model: nn.Module, groups: Mapping[str, list[nn.Parameter]], optimizer: OptimizerConfig
-) -> Optimizers:
-    """Optimizers of a materialised model that train it by the same rules as `shard` does."""
-    rules = table_rules(model, groups, optimizer)
-    attach(model, rules)
-    return Optimizers(model.named_parameters(), rules, optimizer.dense)
-
-
-def unsharded_accumulators(model: nn.Module, optimizers: Optimizers) -> dict[str, torch.Tensor]:
-    """`ShardedModel.accumulators` of a model that `train_unsharded` prepared, with the optimizers it gave."""
-    attached = {n: w for n, w in model.named_parameters() if hasattr(w, "_in_backward_optimizers")}
-    fused = accumulators_of({n: (w._in_backward_optimizers[0], w) for n, w in attached.items()})
-    return {**fused, **optimizers.accumulators()}
 
 
 def _keep_gradients(plan: ShardingPlan, tables: list[str]) -> None:

@@ -12,9 +12,10 @@ from recsys_dist.models.mlp import Config, Model
 from recsys_dist.train.loop import Epoch, Loss, Workers, idle_batch
 from recsys_dist.train.optim import OptimizerConfig
 from recsys_dist.train.placement import ShardingConfig
-from recsys_dist.train.sharding import materialise, shard, train_unsharded
+from recsys_dist.train.sharding import materialise, shard
 from tests.batches import random_batch, small_schema, take
 from tests.train.ranks import run_ranks
+from tests.train.unsharded import train_unsharded
 
 SEED = 5
 CONFIG = Config(hidden=(8, 4), norm="batch", activation="dice")

@@ -14,8 +14,9 @@ from recsys_dist.models.protocol import model_module
 from recsys_dist.models.regularisation import BatchAwareL2, pulled
 from recsys_dist.train.loop import Epoch, Loss, Workers, idle_batch
 from recsys_dist.train.optim import OptimizerConfig
-from recsys_dist.train.sharding import materialise, train_unsharded
+from recsys_dist.train.sharding import materialise
 from tests.batches import ROWS, random_batch, small_catalogue, small_schema
+from tests.train.unsharded import train_unsharded
 
 RATE, LAMBDA, REAL = 0.5, 0.3, 9
 SGD = OptimizerConfig.parse({"deep": {"rule": "sgd", "lr": RATE}})

@@ -10,8 +10,9 @@ from recsys_dist.models.lr import Config, Model
 from recsys_dist.train.ftrl import FTRL
 from recsys_dist.train.loop import Epoch, Loss, Workers, idle_batch
 from recsys_dist.train.optim import OptimizerConfig
-from recsys_dist.train.sharding import materialise, train_unsharded
+from recsys_dist.train.sharding import materialise
 from tests.batches import random_batch, small_schema
+from tests.train.unsharded import train_unsharded
 
 RULE = {"lr": 0.3, "beta": 0.7, "l1": 1.0, "l2": 0.2}
 

@@ -6,10 +6,11 @@ from recsys_dist.errors import NonFiniteLossError
 from recsys_dist.train.loop import Epoch, Loss, Totals, Workers, idle_batch
 from recsys_dist.train.optim import OptimizerConfig
 from recsys_dist.train.placement import ShardingConfig
-from recsys_dist.train.sharding import materialise, shard, train_unsharded
+from recsys_dist.train.sharding import materialise, shard
 from tests.train import tiny
 from tests.train.ranks import run_ranks
 from tests.train.truth import whole
+from tests.train.unsharded import train_unsharded
 
 OPTIMIZER = OptimizerConfig()
 

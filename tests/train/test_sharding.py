@@ -7,11 +7,12 @@ from recsys_dist.errors import ConfigError
 from recsys_dist.train.loop import Epoch, Loss, Workers, idle_batch
 from recsys_dist.train.optim import OptimizerConfig
 from recsys_dist.train.placement import ShardingConfig
-from recsys_dist.train.sharding import materialise, shard, train_unsharded
+from recsys_dist.train.sharding import materialise, shard
 from recsys_dist.train.starting import blocks
 from tests.train import tiny
 from tests.train.ranks import run_ranks
 from tests.train.truth import SEED, train, whole
+from tests.train.unsharded import train_unsharded
 
 GLOBAL_ROWS = [24, 24, 24, 17, 1]  # the last global batches are short: uneven and empty local batches
 ROWWISE = OptimizerConfig.parse({"deep": {"lr": 0.3}, "wide": {"lr": 0.1}, "dense": {"lr": 0.01}})

@@ -17,14 +17,9 @@ from recsys_dist.schema import Schema
 from recsys_dist.train.loop import Epoch, Loss, Workers, idle_batch
 from recsys_dist.train.optim import OptimizerConfig
 from recsys_dist.train.placement import ShardingConfig
-from recsys_dist.train.sharding import (
-    ShardedModel,
-    materialise,
-    shard,
-    train_unsharded,
-    unsharded_accumulators,
-)
+from recsys_dist.train.sharding import ShardedModel, materialise, shard
 from tests.batches import take
+from tests.train.unsharded import train_unsharded, unsharded_accumulators
 
 SEED = 3
 STEPS = 20

@@ -85,7 +85,7 @@ def prepare(cfg: PrepareConfig, out: str | Path) -> Prepared:
     schema = cfg.features or source.schema()
     seen = identity.remembered(path / RAW)
     raw, now = identity.look(source, seen)
-    settings, numbered = cfg.model_dump(mode="json", exclude={"former"}), _numbered(cfg, path)
+    settings, numbered = _settings(cfg, "former"), _numbered(cfg, path)
     fingerprint = digest([FORMAT, __version__, settings, schema.digest(), raw, *numbered])
     if not _holds(path / MANIFEST, fingerprint) or now != seen:
         with sole_writer(path):
@@ -95,6 +95,11 @@ def prepare(cfg: PrepareConfig, out: str | Path) -> Prepared:
                 _make_examples(cfg, source, schema, path, events, fingerprint)
             write_text(json.dumps(now), path / RAW)
     return Prepared.open(path)
+
+
+def _settings(cfg: PrepareConfig, *without: str) -> dict[str, Any]:
+    """All others, but for where the log lies: that is known by its content, see `identity`."""
+    return cfg.model_dump(mode="json", exclude={**dict.fromkeys(without, True), "source": {"path": True}})
 
 
 def _numbered(cfg: PrepareConfig, path: Path) -> list[str]:
@@ -108,8 +113,7 @@ def _numbered(cfg: PrepareConfig, path: Path) -> list[str]:
 
 def _events(cfg: PrepareConfig, source: Source, schema: Schema, path: Path, raw: str) -> dict[str, Any]:
     """What is known of `events/`, which is written unless it is there: other days or shards reuse it."""
-    later = {"features", "valid_from", "test_from", "shard_rows", "former"}
-    settings = cfg.model_dump(mode="json", exclude=later)
+    settings = _settings(cfg, "features", "valid_from", "test_from", "shard_rows", "former")
     fingerprint = digest([FORMAT, __version__, settings, repr(LogSpec.from_schema(schema)), raw])
     reused = _holds(path / EVENTS, fingerprint)
     _clear(path, keep_events=reused)

@@ -1,7 +1,6 @@
 """What every command line shares: errors in plain words, and the settings of a config as help text."""
 
 import argparse
-import errno
 import gc
 import logging
 import signal
@@ -13,9 +12,8 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from recsys_dist.config import Config
+from recsys_dist.data.output import NO_ROOM
 from recsys_dist.errors import ConfigError, RecsysError
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def reported(main: Callable[[list[str]], None], argv: list[str]) -> int:

@@ -14,6 +14,7 @@ reuses what is unchanged, and continues what was interrupted.
 
 import argparse
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from jobs.command import options, reported, settings_help
@@ -42,7 +43,7 @@ def parse(argv: list[str]) -> tuple[PrepareConfig, str]:
     parser.add_argument("--config", help="YAML file with settings")
     parser.add_argument("--out", required=True, help="directory of the prepared data")
     args = options(parser, argv, PrepareConfig)
-    settings = [word for word in args.words if "=" in word and not Path(word).exists()]  # day=1/log.yaml
+    settings = [word for word in args.words if "=" in word and not _is_there(word)]  # day=1/log.yaml
     named = [word for word in args.words if word not in settings]
     if named[2:]:
         raise ConfigError(f"{named[2]!r} is neither a source, its path, nor key=value")
@@ -50,6 +51,12 @@ def parse(argv: list[str]) -> tuple[PrepareConfig, str]:
     if named:
         values["source"] = _source(*named).model_dump(mode="json") if named[1:] else {"kind": named[0]}
     return PrepareConfig.parse(values).override(settings), args.out
+
+
+def _is_there(word: str) -> bool:
+    with suppress(OSError):  # long settings are no names of files
+        return Path(word).exists()
+    return False
 
 
 def _source(kind: str, path: str) -> SourceConfig:

@@ -27,7 +27,7 @@ import uvicorn
 from jobs.command import reported, settings_help
 from recsys_dist import cpu, session
 from recsys_dist.bundle import Bundle
-from recsys_dist.errors import ConfigError, StateError
+from recsys_dist.errors import ConfigError, RecsysError
 from recsys_dist.serve import environment, golden
 from recsys_dist.serve.app import build, resolve, run, stop
 from recsys_dist.serve.deployments import ServiceConfig
@@ -85,6 +85,7 @@ def _alone(cfg: ServiceConfig, args: argparse.Namespace) -> None:
         LocalService(bundle, state, budget_ms=cfg.budget_ms), Limits(cfg.body_bytes, cfg.ongoing), cfg.token()
     )
     describe_log(bundle, Path(cfg.state))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn hands it on: `_recording` shall end
     with _listening(args.host, args.port) as listening, _recording(state, cfg.poll_s):
         where = f"http://{args.host}:{args.port}"
         print(f"serving bundle {bundle.manifest.version} at {where}, without Ray", flush=True)
@@ -111,7 +112,7 @@ def _recording(state: UserState, every_s: float) -> Iterator[None]:
             ended = done.wait(every_s)
             try:
                 state.write_log()
-            except StateError as error:
+            except (RecsysError, OSError) as error:
                 print(f"the log waits: {error}", file=sys.stderr)
 
     thread = threading.Thread(target=write)

@@ -111,6 +111,7 @@ _DECAYED = (  # 202,027 rows are few: without it the tables fit them by heart
 )
 _FRAPPE_OWN = {
     "DeepFM": ("optimizer.plateau=0.1",),
+    "DCNv2": ("optimizer.plateau=0.1", "epochs=40", "patience=3"),
     # the interaction of BARS' row: without floats, dots leave out the fields themselves
     "DLRM": ("model.interaction=cat", "optimizer.plateau=0.1"),
     # without a tower they need larger weights

@@ -153,7 +153,6 @@ class Bundle:
                 return there
             except BundleError as error:
                 log.warning("%s; writing it anew", error)
-                shutil.rmtree(path)
         facts.save(fresh)
         opened = type(self).open(fresh)
         answers = golden(opened) if golden else self.golden
@@ -165,6 +164,8 @@ class Bundle:
         facts = facts.sealed(manifest.entries(fresh))
         facts.save(fresh)
         _sync(fresh)
+        if path.exists():  # whoever serves it must find it as long as can be
+            shutil.rmtree(path)
         fresh.rename(path)
         _sync(root, below=False)
         return replace(opened, path=path, manifest=facts, golden=answers)

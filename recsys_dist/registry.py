@@ -300,20 +300,27 @@ class Registry:
         path = cache / bundle
         if path.is_dir():
             try:
-                if manifest.verify(path).files.get(GOLDEN) == self._manifest(version).files.get(GOLDEN):
+                if self._answers_as(version, manifest.verify(path)):
                     return path
                 log.info("the registry has other golden answers of bundle %s; fetching it anew", bundle)
             except BundleError as error:
                 log.warning("%s; fetching it anew", error)
-            shutil.rmtree(path)
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=cache) as folder:
             fetched = self._download(str(version.source), Path(folder), path.name)
+            if path.is_dir():
+                shutil.rmtree(path)  # only now: until then it may be all that there is
             try:
                 fetched.rename(path)
             except OSError:  # another process of this machine was quicker
                 manifest.verify(path)
         return path
+
+    def _answers_as(self, version: ModelVersion, copy: Manifest) -> bool:
+        try:
+            return self._manifest(version).files.get(GOLDEN) == copy.files.get(GOLDEN)
+        except (BundleError, *TROUBLE):  # what is there cannot be read, and the copy is whole
+            return True
 
     def _download(self, location: str, folder: Path, bundle: str) -> Path:
         """The bundle at `location`, verified."""

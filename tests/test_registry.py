@@ -192,6 +192,9 @@ def test_other_golden_answers_are_uploaded_and_fetched_anew(
         found = registry.resolve(CHAMPION, cache)
         assert found == cache / bundle.manifest.version
         assert Bundle.open(found).golden == [{"answer": answer}]
+    source = registry._client.get_model_version_by_alias("recsys_dist", CHAMPION).source
+    shutil.rmtree(local_file_uri_to_path(source))
+    assert registry.resolve(CHAMPION, cache) == found, "a copy that is whole outlives the registry's"
 
 
 def test_a_champion_of_other_days_is_measured_anew(

@@ -1,8 +1,10 @@
 """`jobs.serve --no-ray` as a user runs it: what it keeps, and what it says of mistakes."""
 
+import errno
 import socket
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow.parquet as pq
 import pytest
@@ -48,3 +50,21 @@ def test_without_ray_events_become_a_log_too(
     assert serve(bundle, tmp_path, "--port", "0") == 0
     assert pq.read_table(tmp_path / "events")["item_id"].to_pylist() == ["i1"]
     assert parquet.recognise(str(tmp_path)) is not None
+
+
+def test_a_log_that_cannot_be_written_now_is_written_later(capsys: pytest.CaptureFixture[str]) -> None:
+    class FullAtFirst:
+        tries = 0
+
+        def write_log(self) -> None:
+            self.tries += 1
+            if self.tries == 1:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    state = FullAtFirst()
+    with job._recording(cast("EmbeddedState", state), 0.01):
+        deadline = time.monotonic() + 10
+        while state.tries < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert "the log waits: [Errno 28] No space left on device" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Files that are whole or do not exist, in a directory that one process at a time writes."""
 
+import errno
 import fcntl
 import logging
 import os
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 from recsys_dist.errors import DataError
 
 LOCK = ".lock"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 log = logging.getLogger(__name__)
 
 

@@ -21,7 +21,7 @@ from recsys_dist.data.logs import LogSpec
 from recsys_dist.schema import Schema, Sequence
 
 _BLOCK_ROWS = 16_384
-REQUEST = "request"  # which request a row asks for
+REQUEST = "_request"  # which request a row asks for
 
 
 class Features:

@@ -42,7 +42,8 @@ class Fence:
         if any(_read(file).partition("/")[0] != self._start for file in self._files):
             return False
         for file in self._files:
-            storage.put(self._group, file)
+            with storage.writing(file):
+                storage.put(self._group, file)
         return True
 
     def holds(self) -> bool:

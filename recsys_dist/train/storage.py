@@ -16,7 +16,7 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, Fsspec
 from upath import UPath
 from upath.implementations.cloud import CloudPath
 
-from recsys_dist.data.output import naming, write_text
+from recsys_dist.data.output import NO_ROOM, naming, write_text
 from recsys_dist.errors import CheckpointError, ConfigError, DataError, RecsysError, StoreError
 
 AnyPath = Path | UPath
@@ -27,7 +27,7 @@ def root(url: str) -> AnyPath:
     try:
         if isinstance(UPath(url), Path):
             return Path(url).absolute()
-        found = UPath(url, use_listings_cache=False)  # other workers write there too
+        found = UPath(url)
         assert found.fs
     except (ValueError, ImportError) as error:  # ImportError names the package to install
         raise ConfigError(f"checkpoints={url!r}: {error}") from None
@@ -124,7 +124,9 @@ def reading(path: AnyPath) -> Iterator[None]:
     except (RecsysError, FileNotFoundError):
         raise
     except Exception as error:
-        if isinstance(path, Path):
+        if (
+            isinstance(path, Path) or getattr(error, "errno", None) in NO_ROOM
+        ):  # this machine's disk, in `fetch`
             raise
         raise StoreError(
             f"{str(path)!r} cannot be read now: {type(error).__name__}: {error}; nothing there was changed, "
@@ -142,6 +144,7 @@ def listed(path: AnyPath, prefix: str = "") -> list[AnyPath]:
             if isinstance(path, Path):
                 names = [child.name for child in path.iterdir()]
             else:
+                path.fs.invalidate_cache()  # other workers write there too
                 names = [PurePosixPath(name).name for name in path.fs.ls(path.path, detail=False)]
     except FileNotFoundError:
         return []

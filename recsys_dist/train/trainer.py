@@ -33,7 +33,7 @@ from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import CheckpointError, ConfigError, RecsysError, SupersededError, TrainError
 from recsys_dist.train import storage
 from recsys_dist.train.checkpoint import MANIFEST, committed, verify
-from recsys_dist.train.fence import take_over
+from recsys_dist.train.fence import FENCE, take_over
 from recsys_dist.train.plan import Plan, plan
 from recsys_dist.train.pretrained import RESULT
 from recsys_dist.train.progress import PROGRESS, Place, read
@@ -45,6 +45,9 @@ OnReport = Callable[[dict[str, Any]], None]
 _POLL_S = 0.3
 _FULL_MEMORY = re.compile(r"Memory on the node .* was (\S+) used / (\S+) limit")  # in ray's OutOfMemoryError
 _OF_WORKERS = re.compile(r"^\[Rank .* Error Snippet\]:$", re.MULTILINE)  # in ray.train's WorkerGroupError
+_FRAME = re.compile(
+    r"^  File .*\n(?:    .*\n)*", re.MULTILINE
+)  # of a traceback; the message follows the last
 _RESERVE_BYTES = 8192
 BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows [{elapsed}{postfix}]"
 
@@ -116,7 +119,7 @@ def _bring_here(cfg: TrainConfig, run: Path) -> None:
     final = json.loads((run / RESULT).read_text())["checkpoint"]
     if elsewhere == run or (run / final / MANIFEST).exists():
         return
-    phases = storage.listed(elsewhere)
+    phases = [path for path in storage.listed(elsewhere) if path.name != FENCE]
     found = [path for phase in phases for path in storage.listed(phase, "epoch-") if committed(path)]
     for path in sorted(found, key=lambda path: f"{path.parent.name}/{path.name}" == final):
         storage.fetch(path, run / path.parent.name, last=MANIFEST)
@@ -134,7 +137,8 @@ def _forget_what_is_damaged(cfg: TrainConfig, run: Path) -> None:
         try:
             verify(checkpoint)
         except CheckpointError as error:
-            if storage.below(cfg.checkpoints, run) != run:
+            store = storage.below(cfg.checkpoints, run)
+            if store != run and committed(store / checkpoint.parent.name / checkpoint.name):
                 shutil.rmtree(checkpoint)  # and fetched again
                 return
             log.warning("%r is trained anew: %s", checkpoint.parent.name, error)
@@ -266,7 +270,8 @@ def _without_tracebacks(said: str) -> str:
     if "Traceback (most recent call last)" not in said:
         return said
     first, *of_workers = _OF_WORKERS.split(said)
-    return "; ".join(dict.fromkeys(part.strip().splitlines()[-1] for part in of_workers or [first]))
+    raised = (_FRAME.split(part)[-1].strip().splitlines()[0] for part in of_workers or [first])
+    return "; ".join(dict.fromkeys(raised))
 
 
 def check_cluster(cfg: TrainConfig) -> None:

@@ -216,7 +216,7 @@ def _outcome(job: dict[str, Any]) -> dict[str, Any]:
     cfg = TrainConfig.parse(job["config"])
     prepared = Prepared.open(cfg.data)
     try:
-        cfg.check(prepared)
+        trainer.refuse_what_does_not_fit(cfg, trainer.planned(cfg, prepared))
     except ConfigError as error:
         return _failed(str(error), again=False)
     try:

@@ -19,7 +19,8 @@ from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.metrics import RankingState
 from recsys_dist.train import trainer
-from recsys_dist.train.checkpoint import load_for_inference
+from recsys_dist.train.checkpoint import MANIFEST, load_for_inference
+from recsys_dist.train.fence import take_over
 from recsys_dist.train.pretrained import RESULT
 from recsys_dist.train.sampling import PARTS
 from recsys_dist.train.settings import TrainConfig
@@ -152,14 +153,16 @@ def test_more_workers_than_cpus(data, tmp_path):
 
 def test_what_workers_raised_is_told_without_tracebacks(data, tmp_path):
     def status(message: str) -> WorkerStatus:
-        trace = f"Traceback (most recent call last):\n  File 'x.py', line 1, in loss\n{message}\n"
+        frames = "  File 'x.py', line 1, in loss\n    return a + b\n           ~~^~~\n" * 2
+        trace = f"Traceback (most recent call last):\n{frames}{message}\n"
         return WorkerStatus(running=False, error=UserExceptionWithTraceback(ValueError(), trace))
 
-    messages = ["ValueError: shapes", "ValueError: shapes", "RuntimeError: Connection closed by peer"]
+    of_cuda = "RuntimeError: CUDA error: device-side assert triggered\nCompile with TORCH_USE_CUDA_DSA\n"
+    messages = ["ValueError: shapes", "ValueError: shapes", of_cuda]
     failed = WorkerGroupPollStatus(dict(enumerate(map(status, messages))))
     error = WorkerGroupError(failed.get_error_string(), failed.errors)
     said = str(trainer._explained(error, tmp_path, config(data)))
-    assert said.endswith("The last failure: ValueError: shapes; RuntimeError: Connection closed by peer")
+    assert said.endswith("The last failure: ValueError: shapes; " + of_cuda.splitlines()[0])
     assert str(trainer._explained(RayError("a node died"), tmp_path, config(data))).endswith(": a node died")
 
 
@@ -219,3 +222,17 @@ def test_a_runs_config_holds_wherever_it_is_read(data, tmp_path, monkeypatch):
 def test_the_logged_config_is_the_config(data):
     cfg = config(data)
     assert TrainConfig.parse(json.loads(cfg.model_dump_json())) == cfg
+
+
+def test_checkpoints_of_another_directory_are_brought_to_the_run(data, tmp_path):
+    """Beside them lies who holds the run, see `train.fence`."""
+    cfg = config(data).override([f"checkpoints={tmp_path / 'store'}"])
+    run = tmp_path / "out/ranking-x"
+    there = tmp_path / "store/ranking-x"
+    (there / "choose/epoch-0001-a").mkdir(parents=True)
+    (there / "choose/epoch-0001-a" / MANIFEST).write_text("{}")
+    run.mkdir(parents=True)
+    take_over(run, cfg.checkpoints)
+    (run / RESULT).write_text('{"checkpoint": "choose/epoch-0001-a"}')
+    trainer._bring_here(cfg, run)
+    assert (run / "choose/epoch-0001-a" / MANIFEST).read_text() == "{}"

@@ -53,6 +53,10 @@ class Fence:
         except StoreError:
             return True  # it does not take what would be written either, and that is told
 
+    def holds_here(self) -> bool:
+        """The same of the run's directory alone: for what is written there often, while training waits."""
+        return _read(self._files[0]) == self._group
+
 
 def _files(run: Path, checkpoints: str | None) -> list[AnyPath]:
     return [place / FENCE for place in dict.fromkeys((run, storage.below(checkpoints, run)))]

@@ -83,7 +83,7 @@ class Common:
         self.schema = cfg.inputs(self.prepared)
         self.parts = cfg.parts(self.workers.size)
         self.idle = idle_batch(self.schema, max(self.parts)).to(device)
-        self.progress = Progress(path, self.workers.rank, fence.holds, cfg.profile)
+        self.progress = Progress(path, self.workers.rank, fence.holds_here, cfg.profile)
 
     def only_if(self, held: Callable[[], bool]) -> None:
         """SupersededError, on all workers alike, where rank 0 may not write any more. Collective."""

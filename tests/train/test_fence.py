@@ -32,6 +32,7 @@ def test_a_machine_that_was_taken_for_lost_finds_out_in_the_store(tmp_path: Path
     assert frozen.take() and frozen.holds()
     newer = Fence(there, url, take_over(there, url))
     assert newer.take() and newer.holds() and not frozen.holds() and not frozen.take()
+    assert frozen.holds_here() and newer.holds_here()
     (tmp_path / "store/run/held_by").unlink()
     (tmp_path / "store/run/held_by").mkdir()
     assert newer.holds(), "what cannot be read is no reason to stop"

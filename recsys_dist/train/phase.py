@@ -201,7 +201,7 @@ class _Attempt:
         if cfg.model.asks_occurrences:
             catalogue = replace(catalogue, occurrences=self._occurrences(self._mine(train)))
         self.catalogue = catalogue
-        sharding = balanced(cfg, common.prepared, catalogue)
+        sharding = balanced(cfg, common.prepared, catalogue, common.workers.size)
         torch.manual_seed(cfg.seed)
         loss = Loss(model_module(cfg.model.name).Model(cfg.model, self.schema, catalogue))
         groups = loss.model.table_groups()

@@ -91,7 +91,7 @@ def plan(cfg: TrainConfig, prepared: Prepared, workers: int) -> Plan:
     catalogue = catalogue_of(prepared, schema, ("train",))
     loss = _built(cfg, schema, catalogue)
     groups = loss.model.table_groups()
-    sharding = balanced(cfg, prepared, catalogue)
+    sharding = balanced(cfg, prepared, catalogue, workers)
     tables = place(loss, groups, cfg.optimizer, sharding, workers, "cuda" if cfg.use_gpu else "cpu")
     in_tables = {id(weight) for weights in groups.values() for weight in weights}
     dense = sum(w.numel() for w in loss.parameters() if id(w) not in in_tables)
@@ -120,8 +120,10 @@ def plan(cfg: TrainConfig, prepared: Prepared, workers: int) -> Plan:
     )
 
 
-def balanced(cfg: TrainConfig, prepared: Prepared, catalogue: Catalogue) -> ShardingConfig:
+def balanced(cfg: TrainConfig, prepared: Prepared, catalogue: Catalogue, workers: int) -> ShardingConfig:
     """`cfg.sharding`, and how many ids of a row each table is asked for, unless that says so itself."""
+    if workers == 1:
+        return cfg.sharding
     schema = cfg.inputs(prepared)
     loss = _built(cfg, schema, catalogue)
     step = _rehearsed(loss, cfg, collate(_sample(cfg, prepared, _COUNTED_ROWS), schema), workers=1)

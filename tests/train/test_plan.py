@@ -108,7 +108,7 @@ def test_a_plan_that_does_not_fit_is_shown_and_then_refused(
 def placed(rank: int, path: str, settings: dict) -> dict[str, list[tuple[int, int, int]]]:
     cfg, data = config(Path(path), **settings), Prepared.open(path)
     catalogue = catalogue_of(data, cfg.inputs(data), ["train"])
-    sharding = balanced(cfg, data, catalogue)
+    sharding = balanced(cfg, data, catalogue, workers=2)
     torch.manual_seed(0)
     model = model_module(cfg.model.name).Model(cfg.model, cfg.inputs(data), catalogue)
     sharded = shard(Loss(model), model.table_groups(), cfg.optimizer, sharding, 0)

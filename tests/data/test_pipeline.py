@@ -210,9 +210,10 @@ def test_a_second_call_finds_it_done(prepared: Prepared, source: Config) -> None
 
 def test_a_copy_of_the_log_is_the_same_log(prepared: Prepared, source: Config, tmp_path: Path) -> None:
     copy = Config.parse({**source.model_dump(), "path": str(shutil.copytree(source.path, tmp_path / "copy"))})
-    before = (prepared.path / MANIFEST).stat().st_mtime_ns
-    assert prepare(config(copy), prepared.path).manifest == prepared.manifest
-    assert (prepared.path / MANIFEST).stat().st_mtime_ns == before
+    data = Path(shutil.copytree(prepared.path, tmp_path / "data"))
+    before = (data / MANIFEST).stat().st_mtime_ns
+    assert prepare(config(copy), data).manifest == prepared.manifest
+    assert (data / MANIFEST).stat().st_mtime_ns == before
 
 
 def test_grouping_blocks_and_an_earlier_result_change_nothing(

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from recsys_dist.errors import CheckpointError
 from recsys_dist.train import checkpoint as checkpoints
 from recsys_dist.train import saving, trainer
-from recsys_dist.train.checkpoint import Checkpoint, latest_valid, retain, verify
+from recsys_dist.train.checkpoint import MANIFEST, Checkpoint, latest_valid, retain, verify
 from recsys_dist.train.increments import Base
 from recsys_dist.train.loop import Workers
 from recsys_dist.train.pretrained import RESULT
@@ -111,8 +111,12 @@ def test_a_finished_run_is_one_no_more_when_its_checkpoint_is_damaged(root):
     assert result.exists() and whole.exists()
     (whole / "__0_0.distcp").write_bytes(b"")
     elsewhere = cfg.model_copy(update={"checkpoints": f"file://{root}/store"})
+    kept = root / "store" / root.parent.name / root.name / whole.name
+    kept.mkdir(parents=True)
+    (kept / MANIFEST).write_text("{}")
     trainer._forget_what_is_damaged(elsewhere, root.parent)  # a copy, which will be made again
     assert result.exists() and root.exists() and not whole.exists()
     whole.mkdir()
-    trainer._forget_what_is_damaged(cfg, root.parent)
+    (kept / MANIFEST).unlink()
+    trainer._forget_what_is_damaged(elsewhere, root.parent)  # nowhere any more
     assert not result.exists() and not root.exists()

@@ -8,6 +8,7 @@ import fsspec
 import pytest
 
 from recsys_dist.data import identity
+from recsys_dist.data.pipeline import PrepareConfig, _settings
 from tests.data import small_log
 from tests.data.small_source import Source, write_log
 
@@ -58,3 +59,11 @@ def test_a_note_that_is_none_is_no_note(note: str, tmp_path: Path) -> None:
     (tmp_path / "raw.json").write_text(note)
     assert identity.remembered(tmp_path / "raw.json") == {}
     assert identity.remembered(tmp_path / "missing.json") == {}
+
+
+def test_where_a_log_lies_is_no_setting_of_it() -> None:
+    here, there, other = (
+        PrepareConfig.parse({"source": {"kind": "frappe", "path": path}, "buckets": buckets})
+        for path, buckets in (("logs", 4), ("/elsewhere/logs", 4), ("logs", 5))
+    )
+    assert _settings(here) == _settings(there) != _settings(other)

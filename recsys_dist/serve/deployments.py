@@ -48,6 +48,7 @@ from recsys_dist.serve.state import canonical_schema, open_state
 from recsys_dist.serve.telemetry import Telemetry
 
 T = TypeVar("T")
+_WARM_UP_MS = 30_000.0  # for stages that are just starting, too
 _KEPT = 3  # bundles a replica holds: the current one, the former for requests on their way, one on trial
 
 
@@ -217,6 +218,17 @@ class ServiceReplica:
         self._telemetry = Telemetry()
         self._use(self._bundles.get(_served(self.cfg.state)))
         self._together = Batcher(self._recommended, self.cfg.batch_rows, self.cfg.concurrent_batches)
+        self._warm = False
+
+    async def check_health(self) -> None:
+        """Called by Ray Serve before the first request, and every few seconds from then on.
+
+        The first call to a stage connects to it, which can take longer than an answer may.
+        """
+        if not self._warm:
+            self._warm = True
+            recommender = self._service.recommender
+            await recommender.recommend(golden.requests(recommender.bundle), _WARM_UP_MS)
 
     def __serve_build_asgi_app__(self) -> Guard:
         return create_app(self, Limits(self.cfg.body_bytes, self.cfg.ongoing), self.cfg.token())

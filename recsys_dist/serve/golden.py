@@ -24,19 +24,23 @@ def ask(bundle: Bundle) -> list[dict[str, Any]]:
     known = bundle.seen["user_id"]
     chosen = [known[int(at)].as_py() for at in np.linspace(0, len(known) - 1, min(_USERS, len(known)))]
     as_of = _first_moment_after(bundle)
-    requests = [RecommendRequest(user_id=user, timestamp=as_of) for user in [*chosen, "nobody"]]
+    asked = [RecommendRequest(user_id=user, timestamp=as_of) for user in [*chosen, "nobody"]]
     return [
         {"request": request.model_dump(mode="json"), "answer": _kept(answer)}
-        for request, answer in zip(requests, _answers(bundle, requests), strict=True)
+        for request, answer in zip(asked, _answers(bundle, asked), strict=True)
     ]
+
+
+def requests(bundle: Bundle) -> list[RecommendRequest]:
+    """Those that came with the bundle; BundleError where it has none."""
+    if not bundle.golden:
+        raise BundleError(f"bundle {str(bundle.path)!r} has no golden requests; export it anew")
+    return [RecommendRequest.model_validate(case["request"]) for case in bundle.golden]
 
 
 def replay(bundle: Bundle) -> None:
     """BundleError where the bundle answers otherwise than when it was made."""
-    requests = [RecommendRequest.model_validate(case["request"]) for case in bundle.golden]
-    if not requests:
-        raise BundleError(f"bundle {str(bundle.path)!r} has no golden requests; export it anew")
-    for case, answer in zip(bundle.golden, _answers(bundle, requests), strict=True):
+    for case, answer in zip(bundle.golden, _answers(bundle, requests(bundle)), strict=True):
         found, expected = _kept(answer), case["answer"]
         same = [item["item_id"] for item in found] == [item["item_id"] for item in expected]
         if not same and not _tied(found, expected):
@@ -59,10 +63,10 @@ def _compare(bundle: Bundle, found: list[dict[str, Any]], expected: list[dict[st
             )
 
 
-def _answers(bundle: Bundle, requests: list[RecommendRequest]) -> list[Answer]:
-    asked = Recommender(bundle).recommend(requests, _BUDGET_MS)
+def _answers(bundle: Bundle, asked: list[RecommendRequest]) -> list[Answer]:
+    answers = Recommender(bundle).recommend(asked, _BUDGET_MS)
     with ThreadPoolExecutor(1) as thread:  # the caller's may be in an event loop already
-        return thread.submit(asyncio.run, asked).result()
+        return thread.submit(asyncio.run, answers).result()
 
 
 def _kept(answer: Answer) -> list[dict[str, Any]]:

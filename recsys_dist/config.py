@@ -18,7 +18,7 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # int64, which PyTorch take
 class Config(BaseModel):
     """Base of every config: immutable, unknown keys refused, errors in the project's own words."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> Self:

@@ -21,6 +21,14 @@ RESERVED = frozenset(
 )
 # Columns that the canonical log has beside labels and context, or that reading it adds.
 LOG_COLUMNS = frozenset({"date", "history", "row"})
+# Names no table can have: PyTorch's ModuleDict has such attributes itself, and "wide" is the linear part's.
+# fmt: off
+_NOT_TABLES = frozenset({
+    "add_module", "apply", "bfloat16", "buffers", "children", "clear", "compile", "cpu", "cuda", "double",
+    "eval", "float", "forward", "half", "ipu", "items", "keys", "modules", "mtia", "parameters", "pop",
+    "to", "train", "training", "type", "update", "values", "xpu", "wide",
+})
+# fmt: on
 
 
 def _unset(value: object) -> bool:
@@ -208,6 +216,8 @@ class Schema(Config):
         reserved = sorted(RESERVED & {*names, *labels})
         if reserved:
             raise ValueError(f"name {reserved[0]!r} is a column of the prepared data itself; choose another")
+        if taken := sorted(_NOT_TABLES & {feature.name for feature in self.ids}):
+            raise ValueError(f"feature {taken[0]!r}: tables cannot have this name; choose another")
         read = {column for feature in self.features if (column := column_of(feature)) is not None}
         if taken := sorted(LOG_COLUMNS & {*labels, *read}):
             raise ValueError(

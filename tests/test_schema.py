@@ -1,9 +1,10 @@
 from typing import Any
 
 import pytest
+from torch import nn
 
 from recsys_dist.errors import ConfigError
-from recsys_dist.schema import Categorical, Schema, Sequence, side
+from recsys_dist.schema import _NOT_TABLES, Categorical, Schema, Sequence, side
 
 VALUES: dict[str, Any] = {
     "features": [
@@ -153,3 +154,12 @@ def test_recall_needs_an_item_id() -> None:
 
 def test_yaml_round_trip() -> None:
     assert Schema.parse(schema().model_dump(mode="json")) == schema()
+
+
+def test_names_that_pytorch_has_itself_are_no_tables() -> None:
+    taken = {name for name in dir(nn.ModuleDict()) if name.isalpha() and name.islower()}
+    assert taken <= _NOT_TABLES
+    for name in ("type", "wide"):
+        with pytest.raises(ConfigError, match=f"feature '{name}': tables cannot have this name"):
+            with_feature(kind="categorical", name=name, column="items.author_id")
+    with_feature(kind="numeric", name="type", column="items.length_ms")

@@ -7,12 +7,13 @@
 B rows, F fields of ids, D embedding dimension, T tasks
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
 from recsys_dist.batch import Batch
+from recsys_dist.errors import ConfigError
 from recsys_dist.models.layers import MLP, Widths
 from recsys_dist.models.protocol import Catalogue
 from recsys_dist.models.ranking import Fields, Ranker, TowerConfig, embedded
@@ -44,12 +45,23 @@ class Model(Ranker):
         inputs = self.pairs.shape[1] + cfg.embedding_dim * (floats > 0)
         self.top = cfg.tower(inputs if self.dots else vectors * cfg.embedding_dim, self.outputs)
 
+    @staticmethod
+    def inputs(schema: Schema, cfg: Any) -> Schema:
+        """See Ranker; ConfigError too where there is no pair of vectors to take a dot of."""
+        read = Ranker.inputs(schema, cfg)
+        if cfg.interaction == "dot" and not read.dense and len(embedded(read)) == 1:
+            raise ConfigError(
+                f"dlrm: {embedded(read)[0].name!r} alone has nothing to interact with; name more features, "
+                "or take interaction=cat"
+            )
+        return read
+
     def logits(self, batch: Batch) -> torch.Tensor:
         """[B, T]"""
         vectors, _ = self.fields(batch.sparse)
         direct = []
         if self.bottom is not None:
-            floats_BD = self.bottom(batch.dense)
+            floats_BD = self.bottom(batch.dense, batch.real)
             vectors, direct = torch.cat([floats_BD[:, None], vectors], dim=1), [floats_BD]
         if not self.dots:
             return self.top(vectors.flatten(1), batch.real)

@@ -4,11 +4,12 @@ al. 2013, NeurIPS, arXiv 1310.4546) over what users did, for recall from item to
     maximise  Σ_(i, j)  keep(i)·keep(j)·( log sigmoid(u_i·v_j) + N·E_k log sigmoid(-u_i·v_k) )
 
 over the pairs of items at most `window` apart in a user's sequence, either one as i; the items k of the
-expectation are drawn from q ∝ count^0.75. keep(i) = min(1, √(subsample / share of i among all events)) is the
-probability at which the papers keep an occurrence of a frequent item. A user is the mean of her items'
-vectors u. As in the paper she is compared with the items' u, by the cosine; or (`score="contexts"`) with
-their v, by the inner product: what stands near her items, instead of what stands where they do. Who has no
-past is read as one with the unknown item (row 0).
+expectation are drawn from q ∝ (count + 1)^0.75. keep(i) = min(1, √(subsample / share of i)) is the
+probability at which the papers keep an occurrence of a frequent item. (Counts and shares are of the
+positives that recall learns from, also where the sequence lists other events.) A user is the mean of her
+items' vectors u. As in the paper she is compared with the items' u, by the cosine, each at length 1; or
+(`score="contexts"`) with their v, by the inner product: what stands near her items, instead of what stands
+where they do. Who has no past is read as one with the unknown item (row 0).
 
 B rows, V items of all their sequences together (a row's own item is its last), D dimension, S negatives,
 I rows of the item table

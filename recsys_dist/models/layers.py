@@ -17,7 +17,8 @@ from recsys_dist.schema import IdFeature, Schema, SingleId
 
 DIM_UNIT = 4  # FBGEMM's sharded kernels ask for table dimensions that are multiples of it
 
-Activation = Literal["relu", "leaky_relu", "prelu", "dice", "gelu", "tanh", "sigmoid"]
+RowActivation = Literal["relu", "leaky_relu", "prelu", "gelu", "tanh", "sigmoid"]
+Activation = Literal[RowActivation, "dice"]  # which looks at the other rows of a batch
 Norm = Literal["batch", "layer"]
 Widths = tuple[Annotated[int, Field(ge=1)], ...]  # of the layers of a tower
 
@@ -80,7 +81,8 @@ class BatchNorm(nn.Module):
         mean = self.mean + offset
         with torch.no_grad():
             # nor is a batch remembered that is not finite: training may leave it out
-            seen = ((sums[-1] > 0) & sums.isfinite().all()).to(x_BH.dtype) * self.momentum
+            # nor is a single row, which has no variance
+            seen = ((sums[-1] > 1) & sums.isfinite().all()).to(x_BH.dtype) * self.momentum
             unbiased = variance * count / (count - 1).clamp(min=1)
             self.mean.lerp_(mean.nan_to_num(), seen)
             self.variance.lerp_(unbiased.nan_to_num(), seen)

@@ -4,7 +4,7 @@ B rows, R of them not padding, F fields, D embedding dimension, W wide features,
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -31,7 +31,8 @@ from recsys_dist.models.protocol import ModelConfig, Task
 from recsys_dist.schema import IdFeature, Schema, SingleId
 
 # A linear weight is the mean of as many columns, which start equal, get equal gradients and so stay equal;
-# Adagrad does not see that each gradient is a quarter: exactly the scalar weight that it stands for.
+# Adagrad does not see that each gradient is a quarter: exactly the scalar weight that it stands for. (Only a
+# weight_decay is added to that quarter, and so counts four times.)
 WIDE_DIM = DIM_UNIT
 WIDE = "wide"  # the key and the table of the linear part
 
@@ -42,7 +43,7 @@ class Objective(Config):
     loss: Literal["binary_cross_entropy", "focal"] = "binary_cross_entropy"
     focal_gamma: float = Field(2.0, ge=0, description="0 is cross-entropy again")
     positive_weight: float = Field(1.0, gt=0, description="of a positive row beside a negative one's 1")
-    tasks: dict[str, float] = Field(
+    tasks: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict,
         description="further labels learned on the shared trunk, each with the weight of its loss; "
         "a `value` label is learned as its log1p",
@@ -85,6 +86,7 @@ class Ranker(nn.Module):
 
     task: ClassVar[Task] = "ranking"
     predicts: str | None = None
+    expects_amount: ClassVar[bool] = False  # that is, `predicts` is one: the logits are no log-odds
 
     def __init__(self, cfg: RankConfig, schema: Schema) -> None:
         super().__init__()

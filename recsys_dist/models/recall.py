@@ -21,7 +21,7 @@ from torchrec import (
 from recsys_dist.config import rng_for
 from recsys_dist.errors import ConfigError
 from recsys_dist.models.layers import normal, table_rows
-from recsys_dist.schema import AnyFeature, Categorical, Schema, Sessions, Statistic
+from recsys_dist.schema import AnyFeature, Categorical, Cross, Schema, Sessions, Statistic
 
 LOOKUP_ROWS = 65_536  # a whole table is looked up in blocks: the all-to-all's buffers stay bounded
 
@@ -42,7 +42,8 @@ def of_user(schema: Schema, named: Sequence[str] | None, model: str) -> set[str]
 
 
 def _known_before(feature: AnyFeature, schema: Schema) -> bool:
-    bare_id = isinstance(feature, Categorical) and feature.column == "user_id"
+    parts = [schema[name] for name in feature.of] if isinstance(feature, Cross) else [feature]
+    bare_id = any(isinstance(part, Categorical) and part.column == "user_id" for part in parts)
     return schema.sides(feature) == {"user"} and not bare_id and not isinstance(feature, Statistic | Sessions)
 
 

@@ -24,7 +24,7 @@ from torchrec import JaggedTensor
 
 from recsys_dist.batch import Batch
 from recsys_dist.config import Seed
-from recsys_dist.models.layers import DIM_UNIT, MLP, Activation, table_rows
+from recsys_dist.models.layers import DIM_UNIT, MLP, RowActivation, table_rows
 from recsys_dist.models.losses import gbce, gbce_beta, sampled_softmax
 from recsys_dist.models.protocol import Catalogue, ModelConfig, Task
 from recsys_dist.models.recall import (
@@ -48,7 +48,7 @@ class Config(ModelConfig):
     blocks: int = Field(2, ge=1)
     heads: int = Field(1, ge=1)
     norm: Literal["pre", "post"] = Field("pre", description="layer norm before each sublayer, or after")
-    activation: Activation = "relu"
+    activation: RowActivation = "relu"
     dropout: float = Field(0.0, ge=0, lt=1, description="of embeddings and of what each sublayer adds")
     embedding_std: float = Field(0.05, gt=0, description="tables and places start as N(0, std²)")
     tied: bool = Field(True, description="score with the input's item table; else with one of its own")

@@ -30,7 +30,7 @@ from torchrec import KeyedJaggedTensor
 from recsys_dist.batch import Batch
 from recsys_dist.config import Seed
 from recsys_dist.errors import ConfigError
-from recsys_dist.models.layers import DIM_UNIT, MLP, Activation, Widths, embedding_tables, normal, pooled
+from recsys_dist.models.layers import DIM_UNIT, MLP, RowActivation, Widths, embedding_tables, normal, pooled
 from recsys_dist.models.losses import sampled_softmax
 from recsys_dist.models.protocol import Catalogue, ModelConfig, Task
 from recsys_dist.models.recall import LOOKUP_ROWS, GlobalRows, Negatives, listed, of_user, one_id
@@ -55,7 +55,7 @@ class Config(ModelConfig):
     embedding_std: float = Field(0.05, gt=0, description="all tables start as N(0, std²)")
     hidden: Widths = Field((256,), description="of the user tower")
     item_hidden: Widths = Field((256,), description="of the item tower")
-    activation: Activation = "relu"
+    activation: RowActivation = "relu"
     dropout: float = Field(0.0, ge=0, lt=1)
     output_dim: int = Field(64, ge=1, description="D, of user and item vectors")
     temperature: float = Field(0.07, gt=0, description="τ: cosines are divided by it in training")

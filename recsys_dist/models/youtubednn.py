@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from recsys_dist.batch import Batch
 from recsys_dist.config import Seed
 from recsys_dist.errors import ConfigError
-from recsys_dist.models.layers import DIM_UNIT, MLP, Activation, Widths, embedding_tables, normal, pooled
+from recsys_dist.models.layers import DIM_UNIT, MLP, RowActivation, Widths, embedding_tables, normal, pooled
 from recsys_dist.models.losses import bayesian_personalised_ranking, gbce, gbce_beta, sampled_softmax
 from recsys_dist.models.protocol import Catalogue, ModelConfig, Task
 from recsys_dist.models.recall import Negatives, every_row, lookup, more_rows, of_user, one_id
@@ -45,7 +45,7 @@ class Config(ModelConfig):
     shared: bool | None = Field(
         None, description="one table for items watched and to recommend, as in BARS; default: the paper's two"
     )
-    activation: Activation = "relu"
+    activation: RowActivation = "relu"
     dropout: float = Field(0.0, ge=0, lt=1)
     output_dim: int = Field(64, ge=1, multiple_of=DIM_UNIT, description="D, of user and item vectors")
     output_activation: bool = Field(

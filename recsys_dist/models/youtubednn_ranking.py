@@ -14,7 +14,7 @@ The paper's inputs x, x² and √x of quantiles are features of the schema: `Num
 B rows, F fields, D embedding dimension
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -41,6 +41,8 @@ class Config(TowerConfig):
 
 class Model(Ranker):
     """Logits z of `schema.ranking_label`'s impressions; `prediction` is the expected value of each."""
+
+    expects_amount: ClassVar[bool] = True
 
     def __init__(self, cfg: Config, schema: Schema, catalogue: Catalogue | None = None) -> None:
         super().__init__(cfg, schema)

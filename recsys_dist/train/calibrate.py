@@ -50,9 +50,12 @@ def _platt(logits: np.ndarray, labels: np.ndarray) -> Points:
 
 def _isotonic(logits: np.ndarray, labels: np.ndarray) -> Points:
     order = np.argsort(logits, kind="stable")
-    bins = np.arange(len(order)) * min(KNOTS, len(order)) // len(order)
+    ascending = logits[order]
+    # equal logits are in one bin, that of the first of them
+    first = np.searchsorted(ascending, ascending)
+    bins = np.unique(first * min(KNOTS, len(order)) // len(order), return_inverse=True)[1]
     rows = np.bincount(bins).astype(np.float64)
-    x = np.bincount(bins, logits[order]) / rows
+    x = np.bincount(bins, ascending) / rows
     # a rate of 0 or 1 has no logit: half a row is given to either side
     rate = (np.bincount(bins, labels[order]) + 0.5) / (rows + 1)
     rising = scipy.optimize.isotonic_regression(rate, weights=rows).x

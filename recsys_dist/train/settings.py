@@ -175,7 +175,16 @@ class TrainConfig(Config):
             raise ConfigError(
                 f"metric {metric!r} is not one of a {self.task} model; take {' or '.join(known)}"
             )
+        if metric == "logloss" and self._expects_amount:
+            raise ConfigError(
+                f"{self.model.name}: metric=logloss is of probabilities, and it expects an amount; take "
+                f"{' or '.join(name for name in known if name != 'logloss')}"
+            )
         return metric
+
+    @property
+    def _expects_amount(self) -> bool:
+        return getattr(model_module(self.model.name).Model, "expects_amount", False)
 
     @property
     def recall_at(self) -> int:
@@ -263,10 +272,11 @@ class TrainConfig(Config):
             label = self.inputs(prepared).ranking_label
             least, greatest = prepared.extremes("ranking/valid", label)
             if least is not None and least == greatest:
+                way = "" if self._expects_amount else "choose them by metric=logloss, "
                 raise ConfigError(
                     f"label {label!r} is {least:g} in all {prepared.shards('ranking/valid').total_rows:,} "
-                    f"validation rows, so {self.chosen_metric} cannot tell epochs apart: choose them by "
-                    "metric=logloss, learn another label, or prepare the data with another valid_from"
+                    f"validation rows, so {self.chosen_metric} cannot tell epochs apart: {way}"
+                    "learn another label, or prepare the data with another valid_from"
                 )
 
     def _check_rows(self, prepared: Prepared) -> None:

@@ -3,9 +3,11 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
 from recsys_dist.config import rng_for
+from recsys_dist.errors import ConfigError
 from recsys_dist.models.dlrm import Config, Model
 from recsys_dist.schema import Numeric
 from recsys_dist.train.sharding import materialise
@@ -41,3 +43,9 @@ def test_a_schema_without_floats_has_no_bottom() -> None:
     model = materialise(Model(Config(embedding_dim=4), ids), 0)
     assert model.bottom is None and model.top.layers[0].in_features == 6 * 5 // 2
     assert model(random_batch(ids, 3, rng_for(0, "rows"))).shape == (3,)
+
+
+def test_one_field_without_anything_to_interact_with_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"dlrm: 'item' alone.*interaction=cat"):
+        Model.inputs(small_schema(), Config(features=("item",)))
+    assert Model.inputs(small_schema(), Config(features=("item",), interaction="cat")).ids

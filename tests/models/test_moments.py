@@ -8,6 +8,7 @@ import torch
 
 from recsys_dist.batch import Batch
 from recsys_dist.config import rng_for
+from recsys_dist.models.layers import BatchNorm
 from recsys_dist.models.mlp import Config, Model
 from recsys_dist.train.loop import Epoch, Loss, Workers, idle_batch
 from recsys_dist.train.optim import OptimizerConfig
@@ -49,6 +50,15 @@ def on_rank(rank: int) -> dict[str, np.ndarray]:
     sharded = shard(loss, loss.model.table_groups(), OPTIMIZER, ShardingConfig(kind="row_wise"), SEED)
     epoch = Epoch(sharded.model, sharded.optimizers, idle_batch(small_schema(), 6), Workers())
     return learned(sharded.inner(), epoch, local)
+
+
+def test_a_single_row_changes_no_running_moments() -> None:
+    norm = BatchNorm(3).train()
+    norm(torch.randn(8, 3))
+    before = norm.mean.clone(), norm.variance.clone()
+    norm(torch.randn(1, 3))
+    norm(torch.randn(4, 3), torch.tensor([True, False, False, False]))
+    torch.testing.assert_close((norm.mean, norm.variance), before, rtol=0, atol=0)
 
 
 @pytest.mark.ranks

@@ -82,3 +82,15 @@ def test_equal_logits_stay_what_they_are(kind: Kind, logit: float) -> None:
     """Two points at one place have no slope between them."""
     logits, labels = np.full(ROWS, logit, np.float32), (np.arange(ROWS) > ROWS // 2).astype(np.float32)
     np.testing.assert_array_equal(mapped(fit(kind, logits, labels), logits), logits)
+
+
+@pytest.mark.parametrize("distinct", [2, 3, 10])
+def test_isotonic_of_few_distinct_logits_has_a_point_for_each(distinct: int) -> None:
+    rng = rng_for(distinct, "ties")
+    at = rng.integers(0, distinct, ROWS)
+    rate = (1 + at) / (distinct + 2)
+    labels = (rng.random(ROWS) < rate).astype(np.float32)
+    points = np.array(fit("isotonic", at.astype(np.float32), labels))
+    np.testing.assert_array_equal(points[:, 0], np.arange(distinct))
+    of_logit = np.bincount(at, labels) / np.bincount(at)
+    np.testing.assert_allclose(1 / (1 + np.exp(-points[:, 1])), of_logit, atol=1e-3)

@@ -75,6 +75,9 @@ def test_an_epoch_is_not_chosen_by_a_metric_that_has_no_value(tmp_path: Path) ->
     with pytest.raises(ConfigError, match=r"'click' is 1 in all 201 validation rows.*metric=logloss"):
         TrainConfig.parse(values).check(data)
     TrainConfig.parse({**values, "metric": "logloss"}).check(data)
+    amounts = TrainConfig.parse({**values, "model": {"name": "youtubednn_ranking"}})
+    with pytest.raises(ConfigError, match=r"youtubednn_ranking: metric=logloss is of probabilities"):
+        amounts.override(["metric=logloss"]).check(data)
     assert best_epoch([{"gauc": None}, {"gauc": 0.5}, {"gauc": 0.6}], "gauc") == 3
     with pytest.raises(ConfigError, match="gauc has no value on the validation rows"):
         best_epoch([{"gauc": None}, {"gauc": None}], "gauc")

@@ -7,6 +7,9 @@ PYTHON ?= python3
 OUT ?= runs/quickstart
 PORT ?= 5000
 SERVE_PORT ?= 8000
+ifneq ($(filter-out 0 1,$(CUDA)),)
+$(error CUDA=$(CUDA) is neither 1 (the CUDA builds) nor 0 (the CPU builds))
+endif
 kind := $(if $(CUDA),--kind $(if $(filter 1,$(CUDA)),cuda,cpu))
 py := .venv/bin/python
 

@@ -13,7 +13,7 @@
 #   CPUS=<all>                 CPUs of a node
 # The dashboard listens on 127.0.0.1 alone. Ray's own ports, where nodes and drivers meet, are on all interfaces,
 # behind the token; but for GCS_PORT they are free ones, taken as they are found.
-set -euo pipefail
+set -Eeuo pipefail  # E: what goes wrong within `up` ends what it has started
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 dir=${CLUSTER_DIR:-$root/runs/cluster}

@@ -42,6 +42,7 @@ from jobs.command import reported
 from recsys_dist import cpu
 from recsys_dist.batch import Batch
 from recsys_dist.data.collate import collate
+from recsys_dist.data.output import write_text
 from recsys_dist.errors import ConfigError
 from recsys_dist.models.mlp import Config, Model
 from recsys_dist.models.protocol import Catalogue
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> None:
         result = measure(args, Path(folder))
     print(table(result))
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1))
+        write_text(json.dumps(result, indent=1), Path(args.json))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -28,6 +28,7 @@ from jobs.command import reported
 from jobs.cost_model import FLOAT_BYTES, Machine, Spread, Table, Work, fitted, limit_s, step_seconds, total_s
 from recsys_dist import session
 from recsys_dist.data.collate import collate
+from recsys_dist.data.output import write_text
 from recsys_dist.models import dlrm, wide_deep
 from recsys_dist.models.protocol import model_module
 from recsys_dist.models.ranking import TowerConfig
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> None:
     else:
         result = measure(args)
         if args.json:
-            Path(args.json).write_text(json.dumps(result, indent=1))
+            write_text(json.dumps(result, indent=1), Path(args.json))
     print(scaling_page.measured(result))
     paper = scaling_paper.on_paper(asked_on_paper(), result["loader_rows_per_s"], args.seed)
     print(scaling_page.told(paper))

@@ -31,6 +31,7 @@ from jobs import bench_faults
 from jobs.command import reported
 from jobs.showcase import service
 from recsys_dist.bundle import Bundle
+from recsys_dist.data.output import write_text
 
 SERVERS = {
     "ours": [],
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> None:
     hardware = {"cpu": platform.processor() or platform.machine(), "cpus": os.cpu_count()}
     if args.json:
         dated = {"hardware": hardware, "date": dt.date.today().isoformat(), **found}
-        Path(args.json).write_text(json.dumps(dated, indent=1))
+        write_text(json.dumps(dated, indent=1), Path(args.json))
 
 
 def measure(args: argparse.Namespace, users: list[str], scratch: Path) -> dict[str, Any]:

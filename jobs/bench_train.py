@@ -37,6 +37,9 @@ from jobs.bench_workers import BENCH_SCHEMA, combined, started, write_shards
 from jobs.command import reported
 from jobs.cost_model import limit_s
 from recsys_dist import session
+from recsys_dist.config import nearest
+from recsys_dist.data.output import write_text
+from recsys_dist.errors import ConfigError
 from recsys_dist.models.wide_deep import Config
 
 TOWERS = {"256-128": (256, 128), "1024-512-256": (1024, 512, 256)}
@@ -64,7 +67,7 @@ def main(argv: list[str]) -> None:
             result = measure(files, args)
         print(table(result))
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1))
+        write_text(json.dumps(result, indent=1), Path(args.json))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -87,7 +90,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--environments", metavar="DIR", default="runs/bench", help="where --models installs the libraries"
     )
     args = parser.parse_args(argv)
-    args.steps = args.steps or (8 if args.models else 40)
+    args.steps = (8 if args.models else 40) if args.steps is None else args.steps
+    for tower in args.towers.split(","):
+        if tower not in TOWERS:
+            raise ConfigError(f"--towers {tower!r} is not measured{nearest(tower, list(TOWERS))}")
+    for name in ("steps", "repeats", "batch_rows", "rows", "threads"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed")
     return args
 
 

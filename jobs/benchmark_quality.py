@@ -74,6 +74,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise ConfigError(f"suite {args.name!r} does not exist{nearest(args.name, list(SUITES))}")
     if args.tries and (args.json or args.write):
         raise ConfigError("--try looks at validation alone; write the results by a command without it")
+    if args.seeds is not None and args.seeds < 1:
+        raise ConfigError(f"--seeds {args.seeds}: at least one is needed")
     args.suite = SUITES[args.name]
     args.rows = chosen(args.suite, args.models)
     args.seeds = range(args.suite.seeds if args.seeds is None else args.seeds)
@@ -98,12 +100,11 @@ def chosen(suite: Suite, models: str | None) -> list[Row]:
 def main(argv: list[str]) -> None:
     args = parse(argv)
     out = Path(args.out)
+    tracked = TrackingConfig.parse({"uri": args.tracking_uri})
     tracking.deliver_pending(out)
     prepared = prepare(args.suite.data.prepare(args.data_root), out / "data" / args.suite.data.name)
     print(summary(prepared), flush=True)
-    bench = Bench(
-        args.suite, prepared, out, out / "results" / args.name, TrackingConfig(uri=args.tracking_uri)
-    )
+    bench = Bench(args.suite, prepared, out, out / "results" / args.name, tracked)
     tried = TRIED / f"{args.name}.jsonl"
     if args.tries is not None:
         for row, seed, words in told(args, args.tries):

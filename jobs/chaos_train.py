@@ -32,6 +32,7 @@ from tqdm import tqdm
 from jobs.command import reported
 from jobs.ledger_model import trained_once
 from recsys_dist import session
+from recsys_dist.data.output import write_text
 from recsys_dist.data.pipeline import PrepareConfig, prepare
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import TrainError
@@ -179,7 +180,7 @@ def main(argv: list[str]) -> None:
     result = summary(tally)
     print(table(result))
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1))
+        write_text(json.dumps(result, indent=1), Path(args.json))
     if not result["kept_all"]:
         raise TrainError("rows or checkpoints were lost, see above; the runs are kept in " + str(out))
 

@@ -1,6 +1,7 @@
 """What every command line shares: errors in plain words, and the settings of a config as help text."""
 
 import argparse
+import errno
 import gc
 import logging
 import signal
@@ -15,6 +16,8 @@ from recsys_dist.config import Config
 from recsys_dist.data.output import NO_ROOM
 from recsys_dist.errors import ConfigError, RecsysError
 
+_NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+
 
 def reported(main: Callable[[list[str]], None], argv: list[str]) -> int:
     """Run a job; a user's mistake or a full disk is one line on stderr and exit code 2, Ctrl-C is 130."""
@@ -26,9 +29,11 @@ def reported(main: Callable[[list[str]], None], argv: list[str]) -> int:
     except RecsysError as error:
         return _told(str(error))
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in (*NO_ROOM, *_NO_PLACE):
             raise
         what = repr(error.filename) if error.filename else "a file"
+        if error.errno in _NO_PLACE:
+            return _told(f"{what} cannot be used: {error.strerror}; name another place, or mend this one")
         said = f"{what} cannot be written: {error.strerror}"
         return _told(f"{said}; make room, and run the same command again: it continues")
     except KeyboardInterrupt:

@@ -141,7 +141,7 @@ def newest(root: Path, task: Task, prepared: Prepared) -> Path:
 
 def registry_of(cfg: ExportConfig, args: argparse.Namespace) -> Registry:
     uri = args.tracking_uri or f"sqlite:///{args.out.absolute() / 'mlflow.db'}"
-    return Registry(RegistryConfig(uri=uri, model=cfg.model))
+    return Registry(RegistryConfig.parse({"uri": uri, "model": cfg.model}))
 
 
 def summary(bundle: Bundle, published: Publication | None, out: Path) -> str:
@@ -184,9 +184,9 @@ def main(argv: list[str]) -> None:
     cfg, args = parse(argv)
     if args.list:
         print(listing(registry_of(cfg, args)))
-    elif args.promote or args.rollback:
+    elif args.promote is not None or args.rollback:
         registry = registry_of(cfg, args)
-        entry = registry.promote(args.promote) if args.promote else registry.rollback()
+        entry = registry.rollback() if args.rollback else registry.promote(args.promote)
         print(f"version {entry.number} (bundle {entry.bundle}) is @{CHAMPION}")
     else:
         prepared = Prepared.open(args.data or args.run / "data")

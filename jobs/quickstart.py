@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     out = Path(args.out)
     clock = Clock(5 - args.no_serving + bool(args.tune))
-    settings = tracking.TrackingConfig(uri=args.tracking_uri)
+    settings = tracking.TrackingConfig.parse({"uri": args.tracking_uri})
     tracking.deliver_pending(out)
     session.connect(dashboard=bool(args.tune))
     with clock.stage("prepare", "preparing the log"):
@@ -126,7 +126,8 @@ def exported(
     """The bundle, and whether it is the registry's champion now."""
     checkpoints: dict[Task, Path] = {task: outcomes[task].fitted.checkpoint for task in export_job.TASKS}
     cfg = export_job.ExportConfig()
-    registry = Registry(RegistryConfig(uri=tracking_uri or f"sqlite:///{out.absolute() / 'mlflow.db'}"))
+    uri = tracking_uri or f"sqlite:///{out.absolute() / 'mlflow.db'}"
+    registry = Registry(RegistryConfig.parse({"uri": uri}))
     try:
         bundle, published = export_job.run(cfg, prepared, checkpoints, out, registry)
     except RegistryError as error:  # it may be away; the bundle is here all the same
@@ -234,22 +235,32 @@ def _data_sentence(prepared: Prepared) -> str:
 
 
 def _ranking_sentences(ranking: dict[str, Any]) -> Iterator[str]:
-    encoding = ranking["target_encoding"]
+    encoding, label = ranking["target_encoding"], ranking["label"]
+    if ranking["auc"] is None:
+        yield f"Ranking: {label!r} is alike in all rows of the test days: nothing can be said of their order."
+        return
     low, high = ranking["intervals"]["auc"]
     verdict = "beats" if ranking["auc"] > encoding["auc"] else "does NOT beat"
     yield (
-        f"Ranking: {ranking['model']} puts a {ranking['label']} above a non-{ranking['label']} in "
+        f"Ranking: {ranking['model']} puts a {label} above a non-{label} in "
         f"{ranking['auc']:.1%} of pairs (AUC {ranking['auc']:.4f}, 95% interval {low:.4f} to {high:.4f}; "
-        f"within a user {ranking['gauc']:.4f}). It {verdict} target encoding ({encoding['auc']:.4f}; "
-        f"{encoding['gauc']:.4f})."
+        f"within a user {_figure(ranking['gauc'])}). It {verdict} target encoding ({encoding['auc']:.4f}; "
+        f"{_figure(encoding['gauc'])})."
     )
     if "bayes" in ranking:
         best, left = ranking["bayes"]["auc"], ranking["bayes"]["auc"] - ranking["auc"]
         yield f"The simulator's own probabilities reach {best:.4f}: {left:.4f} are left to learn."
 
 
+def _figure(value: float | None) -> str:
+    return "not defined: nobody has both" if value is None else f"{value:.4f}"
+
+
 def _recall_sentences(recall: dict[str, Any]) -> Iterator[str]:
     cut = "recall@100" if "recall@100" in recall else next(key for key in recall if key.startswith("recall@"))
+    if recall[cut] is None:
+        yield "Recall: nobody went on to want an item on the test days, so nothing can be said of it."
+        return
     names = {"popularity": "plain popularity", "item_cosine": "item-to-item cosine"}
     verdicts = [
         f"{'beats' if recall[cut] > recall[key][cut] else 'does NOT beat'} {name} ({recall[key][cut]:.1%})"

@@ -211,6 +211,6 @@ def parse(argv: list[str]) -> Asked:
         cfg = TrainConfig.parse({"data": _PREPARED, "model": {"name": args.model}})
     else:
         cfg = TrainConfig.parse(load_yaml(args.config)) if args.config else named(names[0])
-    tracked = TrackingConfig(uri=args.tracking_uri)
+    tracked = TrackingConfig.parse({"uri": args.tracking_uri})
     cfg = cfg.override([*(["profile=true"] if args.profile else []), *(w for w in args.words if "=" in w)])
     return Asked(cfg, args.out, tracked, args.plan)

@@ -68,7 +68,7 @@ def parse(argv: list[str]) -> tuple[ServiceConfig, argparse.Namespace]:
         raise ConfigError(f"--port {args.port} is no port: they go from 0 to 65535")
     state = args.state or str(Path(args.out) / "serving")
     values = {"state": state}
-    if args.bundle:
+    if args.bundle is not None:
         values["bundle"] = args.bundle
     else:
         values["registry"] = args.tracking_uri or f"sqlite:///{Path(args.out).absolute() / 'mlflow.db'}"

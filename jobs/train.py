@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jobs import recipes, tracked
 from jobs.command import reported
+from recsys_dist import tracking
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.train import trainer
 from recsys_dist.train.plan import describe
@@ -45,6 +46,7 @@ def main(argv: list[str]) -> None:
         print("\n\n".join(describe(plan, run.peak_bytes if run else ()) for plan in plans))
         trainer.refuse_what_does_not_fit(cfg, plans)
         return
+    tracking.deliver_pending(Path(asked.out))
     outcome = tracked.run(cfg, Path(asked.out), asked.tracked, evaluate=None)
     print(summary(outcome.fitted, cfg))
     if cfg.profile:

@@ -71,7 +71,7 @@ def parse(argv: list[str]) -> tuple[SweepConfig, argparse.Namespace]:
     parser.add_argument("--tracking-uri", help="MLflow server; default: an SQLite file below --out")
     args = options(parser, argv, TrainConfig)
     base = _base(args)
-    space = load_yaml(args.space) if args.space else _space_of(base.model.name)
+    space = load_yaml(args.space) if args.space is not None else _space_of(base.model.name)
     given = {name: getattr(args, name) for name in _SWEEP}
     chosen = {k: parse_yaml(v, where=f"--{k}") if isinstance(v, str) else v for k, v in given.items()}
     return SweepConfig.parse({"train": base.model_dump(mode="json"), "space": space, **chosen}), args
@@ -160,7 +160,7 @@ def main(argv: list[str]) -> None:
     cfg, args = parse(argv)
     out = Path(args.out)
     tracking.deliver_pending(out)
-    found = run(cfg, out, TrackingConfig(uri=args.tracking_uri))
+    found = run(cfg, out, TrackingConfig.parse({"uri": args.tracking_uri}))
     if args.json:
         write_text(json.dumps(found.figures, indent=1), Path(args.json))
     print(in_words(found))

@@ -35,7 +35,8 @@ from recsys_dist.outbox import Outbox, load_state, without_credentials
 log = logging.getLogger(__name__)
 
 REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # answers that no later try would change
-TROUBLE = (MlflowException, SQLAlchemyError, OSError)  # requests' errors are OSErrors
+# requests' errors are OSErrors; a database's client that is not installed is an ImportError
+TROUBLE = (MlflowException, SQLAlchemyError, OSError, ImportError)
 OUTBOX_TAG = "recsys_dist.outbox"
 
 Entity = Metric | Param | RunTag

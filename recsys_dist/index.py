@@ -36,7 +36,7 @@ class IndexConfig(Config):
     recall: float = Field(0.998, gt=0, le=1, description="of exact search at `recall_at` that IVF must reach")
     recall_at: int = Field(200, ge=1)
     queries: int = Field(256, ge=1, description="on which that is measured")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**31 - 1)
 
 
 class Index(Protocol):

@@ -21,6 +21,7 @@ import yaml
 
 log = logging.getLogger(__name__)
 
+SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")  # of a tracking URI
 Status = str  # RUNNING, FINISHED, FAILED or KILLED: MLflow's words
 
 
@@ -63,7 +64,7 @@ class Recorder:
         self.tags({"checkpoint": str(place)})
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """A file to upload. A copy is kept until it is delivered, so that `path` may change or vanish."""
+        """A file to upload. A copy is kept, so that `path` may change or vanish."""
         copies = self.directory / "files"
         copies.mkdir(parents=True, exist_ok=True)
         copy = copies / f"{time.time_ns()}" / path.name
@@ -138,6 +139,15 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
     return flat
+
+
+def of_known_scheme(uri: str) -> str:
+    """The URI; ValueError where MLflow could not use it."""
+    if uri.split(":")[0].split("+")[0] not in SCHEMES:
+        raise ValueError(
+            f"expected a URI that starts with one of {', '.join(SCHEMES)}, as in sqlite:///a.db or http://a:5000"
+        )
+    return uri
 
 
 def without_credentials(text: str) -> str:

@@ -17,13 +17,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import mlflow.artifacts
 from mlflow.entities import Metric, Param
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from recsys_dist import manifest
 from recsys_dist.config import Config
@@ -38,7 +39,7 @@ from recsys_dist.delivery import (
 from recsys_dist.errors import BundleError, RegistryError
 from recsys_dist.gates import Gate, GateConfig, Metrics, judge, report, same_days
 from recsys_dist.manifest import GOLDEN, MANIFEST, Manifest
-from recsys_dist.outbox import without_credentials
+from recsys_dist.outbox import of_known_scheme, without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,9 @@ Measure = Callable[[Path], Metrics]  # a former champion's bundle -> its figures
 class RegistryConfig(Config):
     """Which registry. Credentials go into MLFLOW_TRACKING_USERNAME, _PASSWORD or _TOKEN."""
 
-    uri: str = Field(description="as in sqlite:///runs/quickstart/mlflow.db or http://host:5000")
+    uri: Annotated[str, AfterValidator(of_known_scheme)] = Field(
+        description="as in sqlite:///runs/quickstart/mlflow.db or http://host:5000"
+    )
     model: str = Field("recsys_dist", min_length=1, description="name of the registered model")
     experiment: str = "recsys_dist"
     request_timeout_s: int = Field(60, ge=1, description="of one call; a large file is one call")

@@ -92,8 +92,8 @@ def _recall(recall: Mapping[str, Any] | None) -> Iterator[str]:
     metrics = [key for key in recall if "@" in key]
     yield "<h2>Recall: are the wanted items among the candidates?</h2>"
     yield (
-        "<p>recall@k: the share of a user's held-out items among the first k of the full catalogue, "
-        "items already seen left out.</p>"
+        "<p>recall@k: the share of all held-out pairs of user and item that are among a user's first k "
+        "of the full catalogue, items already seen left out.</p>"
     )
     yield _table(_rows_of(recall, metrics), metrics)
     yield from _figures("", [recall_bars(recall)])

@@ -25,12 +25,20 @@ from pydantic import Field, field_validator
 
 from recsys_dist.config import Config
 from recsys_dist.errors import ConfigError
-from recsys_dist.outbox import Outbox, Recorder, State, Status, load_state, try_lock, without_credentials
+from recsys_dist.outbox import (
+    Outbox,
+    Recorder,
+    State,
+    Status,
+    load_state,
+    of_known_scheme,
+    try_lock,
+    without_credentials,
+)
 from recsys_dist.usage import UsageSampler
 
 log = logging.getLogger(__name__)
 
-SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 EVERY_S = 1.0
 LONGEST_PAUSE_S = 60.0  # between tries of a server that is down
 FINAL_WAIT_S = 60.0  # a dead server fails within request_timeout_s; this bounds one that drips
@@ -47,11 +55,7 @@ class TrackingConfig(Config):
     @field_validator("uri")
     @classmethod
     def _known_scheme(cls, uri: str | None) -> str | None:
-        if uri is not None and uri.split(":")[0].split("+")[0] not in SCHEMES:
-            raise ValueError(
-                f"expected a URI that starts with one of {', '.join(SCHEMES)}, as in sqlite:///a.db"
-            )
-        return uri
+        return uri if uri is None else of_known_scheme(uri)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Creates .venv with exactly the pinned packages; does nothing, quickly, where that is already so.
 
-`python3 requirements/install.py [--cuda] [--this-python]`, called by the Makefile; standard library only.
+`python3 requirements/install.py [--kind cpu|cuda] [--this-python]`, called by the Makefile; standard library
+only.
 Two at once wait for each other; one that was interrupted is completed by the next, because the stamp
 that says "complete" is written last.
 """
@@ -40,7 +41,7 @@ def main() -> int:
     parser.add_argument("--this-python", action="store_true", help="use this Python, look for no other")
     args = parser.parse_args()
     require_supported_python(look_further=not args.this_python)
-    if up_to_date(args.kind):
+    if up_to_date(args.kind, args.this_python):
         return 0
     with (ROOT / ".venv.lock").open("a") as lock:  # the lock goes with the process, however it ends
         try:
@@ -48,13 +49,20 @@ def main() -> int:
         except BlockingIOError:
             say("another make is installing into .venv; waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if not up_to_date(args.kind):
+        if not up_to_date(args.kind, args.this_python):
             install(args.kind or made_for()[0] or "cpu", args.this_python)
     return 0
 
 
-def up_to_date(kind: str | None) -> bool:
-    return read_stamp()[1:] == [wanted_digest(kind or made_for()[0])]
+def up_to_date(kind: str | None, this_python: bool) -> bool:
+    old_kind, old_python = made_for()
+    return read_stamp()[1:] == [wanted_digest(kind or old_kind)] and (
+        not this_python or old_python == running_python()
+    )
+
+
+def running_python() -> str:
+    return f"python{sys.version_info[0]}.{sys.version_info[1]}"
 
 
 def made_for() -> tuple[str, str]:
@@ -107,7 +115,7 @@ def write_stamp(*lines: str) -> None:
 
 
 def install(kind: str, this_python: bool) -> None:
-    python = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    python = running_python()
     old_kind, old_python = made_for()
     stale = bool(old_kind) and (old_kind != kind or (this_python and old_python != python))
     if stale:

@@ -24,6 +24,11 @@ from tests.train import prepared
             "error: 'out/outbox.jsonl' cannot be written: No space left on device; make room, and run the "
             "same command again: it continues\n",
         ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/sys/runs"),
+            2,
+            "error: '/sys/runs' cannot be used: Permission denied; name another place, or mend this one\n",
+        ),
         (KeyboardInterrupt(), 130, "interrupted; the same command again continues\n"),
     ],
 )
@@ -74,6 +79,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (train, ["two_tower", "model.negatives_alpha=1000"], "'negatives_alpha'.*less than or equal to 10"),
         (train, ["mlp", "model={hidden: [1"], "model={hidden: .1: not valid YAML"),
         (tune, ["mlp", "--rungs", "[0.5"], "--rungs: not valid YAML"),
+        (train, ["mlp", "--tracking-uri", "localhost:5000"], "'uri'.*starts with one of sqlite, http"),
+        (tune, ["mlp", "--tracking-uri", "localhost:5000"], "'uri'.*starts with one of sqlite, http"),
     ],
 )
 def test_a_setting_that_cannot_be_is_told_in_one_line(

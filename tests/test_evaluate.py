@@ -195,6 +195,8 @@ def test_an_expected_amount_stands_beside_each_items_mean(prepared: Prepared) ->
     )
     assert amount["item_mean"]["mae"] == pytest.approx(np.abs(means - y).mean())
     assert amount["item_mean"]["xauc"] == pytest.approx(roc_auc_score(y, means))  # of two values: the AUC
+    for scorer in ("model", "item_mean"):
+        assert result[scorer].items() >= amount[scorer].items(), "what is tracked and exported, by scorer"
     assert "logloss" not in result["model"] and "reliability" not in result
     assert "expected click: mean absolute error" in ranking_table(result)
 

@@ -75,6 +75,8 @@ def test_a_pair_that_is_named_and_no_registry(
         (["--recall", "nowhere"], "'nowhere' is neither a finished run (no result.json) nor a checkpoint"),
         (["--rollback"], "there is no registry"),
         (["--promote", "3"], "there is no registry"),
+        (["--promote", ""], "there is no registry"),
+        (["--promote", "3", "--tracking-uri", "localhost:5000"], "starts with one of sqlite, http"),
     ],
 )
 def test_mistakes_are_explained(

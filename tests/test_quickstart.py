@@ -110,3 +110,16 @@ def test_from_ones_own_log_to_a_report(tmp_path: Path) -> None:
 def test_a_search_of_no_trials_is_refused_before_anything_starts(trials: str) -> None:
     with pytest.raises(ConfigError, match=f"--tune {trials}"):
         job.parse(["--tune", trials])
+
+
+def test_what_the_test_days_cannot_tell_is_said_so() -> None:
+    ranking = {"model": "MLP", "label": "click", "auc": 0.7, "gauc": None, "intervals": {"auc": [0.6, 0.8]}}
+    others = {"target_encoding": {"auc": 0.6, "gauc": None}}
+    [said] = job._ranking_sentences({**ranking, **others})
+    assert "AUC 0.7000" in said and "within a user not defined" in said
+    [said] = job._ranking_sentences({**ranking, "auc": None, **others})
+    assert "'click' is alike in all rows of the test days" in said
+    [said] = job._recall_sentences(
+        {"model": "YoutubeDNN", "recall@100": None, "popularity": {"recall@100": None}}
+    )
+    assert "nobody went on to want an item" in said

@@ -1,6 +1,6 @@
 """What is installed is what the constraints say, and every dependency of a dependency is pinned."""
 
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 
 import pytest
@@ -81,3 +81,15 @@ def test_the_cpu_install_takes_no_cuda_package() -> None:
         pytest.skip("this environment was installed with CUDA=1")
     names = {canonicalize_name(d.name) for d in metadata.distributions()}
     assert not {name for name in names if name.startswith(("nvidia-", "cuda-")) or name == "triton"}
+
+
+def test_another_python_is_installed_anew_where_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(PINS)
+    install = import_module("install")
+    monkeypatch.setattr(install, "STAMP", tmp_path / "stamp")
+    install.write_stamp("cpu python3.99", install.wanted_digest("cpu"))
+    assert install.up_to_date(None, this_python=False) and not install.up_to_date(None, this_python=True)
+    install.write_stamp(f"cpu {install.running_python()}", install.wanted_digest("cpu"))
+    assert install.up_to_date("cpu", this_python=True) and not install.up_to_date("cuda", this_python=True)

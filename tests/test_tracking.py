@@ -16,6 +16,7 @@ import pytest
 from mlflow.entities import Run as MlflowRun
 from mlflow.tracking import MlflowClient
 
+from recsys_dist import delivery
 from recsys_dist.delivery import one_writer
 from recsys_dist.errors import ConfigError
 from recsys_dist.outbox import Recorder, load_state
@@ -367,3 +368,18 @@ def wait_until(condition: object, timeout_s: float = 90) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_a_database_whose_client_is_not_installed_is_a_reason_to_wait(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def client(**_: object) -> None:
+        raise ModuleNotFoundError("No module named 'psycopg'")
+
+    monkeypatch.setattr(delivery, "MlflowClient", client)
+    with open_run(TrackingConfig(), out, "run") as run:
+        run.record.metrics({"auc": 0.7})
+        found = run.close()
+    assert found.waiting_records > 0 and found.trouble is not None and "psycopg" in found.trouble
+    [later] = deliver_pending(out)
+    assert later.waiting_records == found.waiting_records

@@ -67,11 +67,9 @@ def evaluate_ranking(
     if trained.model.predicts:
         predicted = {"model": table["expected"], "item_mean": table["item_mean"]}
         observed = table["observed"].to_numpy()
-        result["amount"] = {
-            "label": trained.model.predicts,
-            **{name: amount_metrics(values.to_numpy(), observed) for name, values in predicted.items()},
-        }
-        return result
+        amounts = {name: amount_metrics(values.to_numpy(), observed) for name, values in predicted.items()}
+        result["amount"] = {"label": trained.model.predicts, **amounts}
+        return {**result, **{name: {**result.get(name, {}), **found} for name, found in amounts.items()}}
     curve = reliability(states["model"].scores, states["model"].labels)
     result["reliability"] = {
         "predicted": curve.predicted.tolist(),

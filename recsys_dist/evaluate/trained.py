@@ -5,10 +5,10 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from recsys_dist.config import Config
 from recsys_dist.data.output import write_text
@@ -27,7 +27,7 @@ class EvaluateConfig(Config):
 
     split: Literal["valid", "test"] = "test"
     batch_rows: int = Field(8192, ge=1, description="rows scored at once; part of what exact results mean")
-    ks: tuple[PositiveInt, ...] = Field(
+    ks: tuple[Annotated[int, Field(ge=1, le=10_000)], ...] = Field(
         (50, 100, 200), min_length=1, description="cuts of the recall metrics"
     )
     bootstrap: int = Field(200, ge=2, description="replicates behind the 95 % intervals")

@@ -108,7 +108,7 @@ def resolve(cfg: ServiceConfig) -> Path:
 
 
 def _registry(uri: str, model: str) -> Registry:
-    return Registry(RegistryConfig(uri=uri, model=model))
+    return Registry(RegistryConfig.parse({"uri": uri, "model": model}))
 
 
 class Watcher:

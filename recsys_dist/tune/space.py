@@ -9,6 +9,7 @@ Optuna's TPE (Bergstra et al. 2011) proposes; everything it knows is told anew f
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -177,7 +178,7 @@ class Told:
 
 def settings(base: TrainConfig, values: Values) -> TrainConfig:
     """`base` with dotted settings replaced; ConfigError names the nearest for one that does not exist."""
-    return base.override([f"{key}={json.dumps(value)}" for key, value in values.items()])
+    return base.override([f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()])
 
 
 def _axis(key: str, declared: Any) -> Axis:
@@ -195,6 +196,10 @@ def _axis(key: str, declared: Any) -> Axis:
         raise ConfigError(f"search space, {key}: no such range {kind!r}{nearest(str(kind), list(KINDS))}")
     if not isinstance(of, list | tuple) or not of:
         raise ConfigError(f"search space, {key}: {kind} takes a list, given: {of!r:.80}")
+    if kind == "choice" and not all(isinstance(one, str | int | float | list | dict | None) for one in of):
+        raise ConfigError(
+            f"search space, {key}: a choice is text, a number or a list of them; given: {of!r:.80}"
+        )
     if kind != "choice":
         of = [_number(end) for end in of]
         _check_ends(key, kind, of)
@@ -216,8 +221,8 @@ def _check_ends(key: str, kind: str, of: list[Any]) -> None:
             f"search space, {key}: {kind} takes [lowest, highest] as {'whole ' * (kind == 'int')}numbers, "
             f"given: {of!r:.80}"
         )
-    if not of[0] < of[1] or (kind == "log" and of[0] <= 0):
-        limit = "0 < lowest < highest" if kind == "log" else "lowest < highest"
+    if not all(map(math.isfinite, of)) or not of[0] < of[1] or (kind == "log" and of[0] <= 0):
+        limit = f"{'0 < ' * (kind == 'log')}lowest < highest < .inf"
         raise ConfigError(f"search space, {key}: {kind} needs {limit}, given: {of!r:.80}")
 
 

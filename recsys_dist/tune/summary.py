@@ -46,7 +46,10 @@ def compute(ledger: Ledger, plan: Plan) -> dict[str, Any]:
 
 
 def reached(ledger: Ledger, plan: Plan) -> float | None:
-    """The best of the sweep over the best of all trials in full; None until all were trained in full."""
+    """The best of the sweep over the best of all trials in full.
+
+    None until all were trained in full, and where nothing was better than 0.
+    """
     values = {
         job.trial: r.value for job, r in ledger.results.items() if job.rung == plan.last and not r.again
     }
@@ -54,7 +57,8 @@ def reached(ledger: Ledger, plan: Plan) -> float | None:
     mine = best(ledger, plan)
     if len(values) < len(ledger.trials) or mine.value is None or not known:
         return None
-    return mine.value / max(known) if plan.maximise else min(known) / mine.value
+    top, bottom = (mine.value, max(known)) if plan.maximise else (min(known), mine.value)
+    return top / bottom if bottom else None
 
 
 def result(cfg: SweepConfig, space: Space, ledger: Ledger) -> dict[str, Any]:

@@ -138,8 +138,8 @@ class _Jobs(Searcher):
         else:
             found = json.loads(result["outcome"])
         self.ledger.finish(Result(job, **found))
-        self._forget_losers()
         self.listener.finished(self.ledger.results[job], self.ledger)
+        self._forget_losers()
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the ledger is saved already."""

@@ -6,6 +6,7 @@ import shutil
 import socket
 import stat
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -100,3 +101,20 @@ def test_two_nodes_take_a_job_with_the_token_and_go_without_a_trace(tmp_path: Pa
     assert processes_naming(temp) == [] and local("status", environment).returncode == 3
     assert not Path("/tmp", temp).exists()
     assert local("down", environment).stdout == "nothing to end\n"
+
+
+def test_what_does_not_come_up_leaves_nothing_behind(tmp_path: Path) -> None:
+    """As where something else listens at the dashboard's port: the node lives, and nobody answers as it."""
+    fakes = {"ray": "exec /bin/sleep 300", "sleep": "true"}
+    fakes["python"] = f'[ "$1" = - ] || exec {sys.executable} "$@"; false'
+    for name, does in fakes.items():
+        file = tmp_path / "venv/bin" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"#!/bin/sh\n{does}\n")
+        file.chmod(0o755)
+    places = {"CLUSTER_DIR": str(tmp_path / "cluster"), "TMPDIR": str(tmp_path)}
+    environment = {**os.environ, **places, "VENV": str(tmp_path / "venv")}
+    done = local("up", environment)
+    assert done.returncode == 1 and "the cluster did not come up" in done.stderr
+    assert not processes_naming(str(tmp_path / "venv"))
+    assert local("status", environment).returncode == 3

@@ -175,6 +175,12 @@ def test_a_check_trains_the_others_in_full_and_counts_apart(tmp_path):
     assert reached(book, plan) == pytest.approx(0.8 / 0.9)
 
 
+def test_where_nothing_is_better_than_0_there_is_no_share_of_the_best(tmp_path):
+    plan, book = Plan(2, (1.0,), 4, True), ledger(tmp_path)
+    play(book, plan, lambda _: 0.0)
+    assert reached(book, plan) is None
+
+
 def test_the_file_is_plain_lines(tmp_path):
     book = ledger(tmp_path)
     finish(book, book.start({"model.hidden": [16]}), 0.5, history=[{"epoch": 1, "auc": 0.5}])

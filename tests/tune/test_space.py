@@ -1,5 +1,6 @@
 import json
 import math
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,8 @@ def test_every_recipe_has_a_space(recipe, data):
         ({"model.dropout": {"uniform": [0, 1]}}, r"model.dropout = 1: .*less than 1"),
         ({"model.dropout": {"uniform": [0.5, 0.1]}}, "needs lowest < highest"),
         ({"optimizer.deep.lr": {"log": [0, 1]}}, "needs 0 < lowest < highest"),
+        ({"optimizer.deep.lr": {"log": [0.01, float("inf")]}}, r"needs 0 < lowest < highest < \.inf"),
+        ({"model.dropout": {"choice": [date(2022, 5, 1)]}}, "a choice is text, a number"),
         ({"model.negatives": {"int": [1, 2.5]}}, "int takes .* whole numbers"),
         ({"model.output_dim": {"int": [8, 64]}}, r"model.output_dim = 9: .*multiple of 4"),
         ({"model.dropout": 0.5}, r"expected one of \{choice"),
@@ -142,3 +145,7 @@ def test_a_yaml_space_reads_as_documented(data, tmp_path: Path):
     )
     cfg, _ = tune.parse(["youtubednn", f"data={data.path}", "--space", str(tmp_path / "space.yaml")])
     assert [axis.of for axis in Space.parse(cfg.space, cfg.train, data).axes] == [(1e-3, 0.1), (64, 2048)]
+
+
+def test_values_reach_the_settings_as_they_are(data):
+    assert settings(base(data), {"data": "runs/\N{GRINNING FACE}"}).data == "runs/\N{GRINNING FACE}"

@@ -12,6 +12,9 @@ from recsys_dist.errors import ClusterError
 # and not the size of a log.
 OBJECT_STORE_BYTES = 1 << 30
 _PROBE_S = 5.0
+# Ray Data runs reads, either side of a shuffle, and its own actors in processes that no other kind may use, and
+# Ray keeps one idle process a CPU: each stage would start its own anew, for 2 to 3 s of CPU time apiece.
+_PROCESSES_PER_CPU = 4
 
 
 def connect(dashboard: bool = False, metrics_port: int | None = None, cpus: int | None = None) -> None:
@@ -29,7 +32,7 @@ def connect(dashboard: bool = False, metrics_port: int | None = None, cpus: int 
     here = not address
     if here:  # for the trials of a sweep; see `train.trainer`
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    own = _own_address() if here else {}
+    own = {**_own_address(), **_kept_processes(cpus)} if here else {}
     os.environ.update(own)
     try:
         if address:
@@ -72,6 +75,12 @@ def _own_address() -> dict[str, str]:
             probe.bind(("", 0))
             port = own["RAY_GCS_SERVER_PORT"] = str(probe.getsockname()[1])
     return {**own, "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}  # type: ignore[no-untyped-call]
+
+
+def _kept_processes(cpus: int | None) -> dict[str, str]:
+    """How many processes Ray keeps when they are idle, unless the user says so herself."""
+    name = "RAY_num_workers_soft_limit"
+    return {} if name in os.environ else {name: str(_PROCESSES_PER_CPU * (cpus or os.cpu_count() or 1))}
 
 
 def _probe(address: str) -> None:

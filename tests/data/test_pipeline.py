@@ -21,6 +21,7 @@ import ray
 import ray.data
 
 from jobs.prepare import summary
+from recsys_dist import session
 from recsys_dist.data import pipeline
 from recsys_dist.data.examples import sort_events
 from recsys_dist.data.pipeline import PrepareConfig, prepare
@@ -39,13 +40,7 @@ SPLITS = ("train", "valid", "test")
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(
-        address="local",
-        num_cpus=2,
-        object_store_memory=200 << 20,
-        include_dashboard=False,
-        log_to_driver=False,
-    )
+    session.connect(cpus=2)
     yield
     ray.shutdown()
 

@@ -12,8 +12,8 @@ from recsys_dist.errors import ClusterError
 # and not the size of a log.
 OBJECT_STORE_BYTES = 1 << 30
 _PROBE_S = 5.0
-# Ray Data runs reads, either side of a shuffle, and its own actors in processes that no other kind may use, and
-# Ray keeps one idle process a CPU: each stage would start its own anew, for 2 to 3 s of CPU time apiece.
+# Ray Data runs reads, either side of a shuffle, and its own actors in processes that no other kind may use.
+# Of idle ones Ray keeps one a CPU: each stage would start its own anew, for 2 to 3 s of CPU time apiece.
 _PROCESSES_PER_CPU = 4
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from jobs.evaluate import parse, ranking_table, recall_table
 from jobs.tracked import add_evaluation
+from recsys_dist import session
 from recsys_dist.batch import Batch
 from recsys_dist.config import rng_for
 from recsys_dist.data.prepared import Manifest, Prepared
@@ -254,7 +255,7 @@ def test_recall_beside_baselines(prepared: Prepared, k: int) -> None:
 
 @pytest.fixture
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    session.connect(cpus=2)
     yield
     ray.shutdown()
 

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from recsys_dist import session
 from recsys_dist.data.feed import Feed
 from recsys_dist.data.order import Piece, cut, deal, newest_rows, shuffled, stored, untrained, with_trained
 from recsys_dist.errors import DataError
@@ -14,7 +15,7 @@ from recsys_dist.errors import DataError
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    session.connect(cpus=1)
     yield
     ray.shutdown()
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import ray
 
+from recsys_dist import session
 from recsys_dist.train import trainer
 from tests.train import prepared
 from tests.train.runs import config
@@ -38,6 +39,6 @@ def uninterrupted(data, cluster, tmp_path_factory) -> Run:  # noqa: ARG001
 
 @pytest.fixture(scope="package")
 def cluster():
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    session.connect(cpus=2)
     yield
     ray.shutdown()

@@ -45,7 +45,8 @@ def run(cfg: TrainConfig, out: Path, tracked: TrackingConfig, evaluate: Evaluate
         evaluation = evaluated(prepared, fitted.checkpoint, evaluate) if evaluate else None
         figures = figures_of(cfg, fitted, evaluation)
         if evaluation:
-            live.record.metrics(final_metrics(evaluation))
+            told, final = _told(live.record), final_metrics(evaluation)
+            live.record.metrics({key: value for key, value in final.items() if told.get((key, 0)) != value})
         for figure in figures:
             live.record.artifact(plots.save(figure, fitted.run / "plots"), "plots")
         delivery = live.close()
@@ -149,14 +150,19 @@ def evaluated(prepared: Prepared, checkpoint: Path, cfg: EvaluateConfig) -> dict
 _OF_A_POINT: tuple[str, ...] = ("loss", "rows_per_s", "skipped", "loader_s", "saving_s")
 
 
-def _curve_recorder(record: Recorder) -> Callable[[dict[str, Any]], None]:
-    """A listener for the trainer's progress that tells each point once, also over restarts of the driver."""
-    told = {
-        (key, line["step"])
+def _told(record: Recorder) -> dict[tuple[str, int], float]:
+    """(key, step) -> the value that was recorded last."""
+    return {
+        (key, line["step"]): value
         for line, _ in record.read()
         if line["kind"] == "metrics"
-        for key in line["values"]
+        for key, value in line["values"].items()
     }
+
+
+def _curve_recorder(record: Recorder) -> Callable[[dict[str, Any]], None]:
+    """A listener for the trainer's progress that tells each point once, also over restarts of the driver."""
+    told = _told(record)
 
     def on_report(line: dict[str, Any]) -> None:
         phase = line["phase"]

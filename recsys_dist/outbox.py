@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -64,22 +63,12 @@ class Recorder:
         self.tags({"checkpoint": str(place)})
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """A file to upload. A copy is kept, so that `path` may change or vanish."""
-        copies = self.directory / "files"
-        copies.mkdir(parents=True, exist_ok=True)
-        copy = copies / f"{time.time_ns()}" / path.name
-        copy.parent.mkdir()
-        with _naming(copy):
-            shutil.copyfile(path, copy)
-        self._append({"kind": "artifact", "path": str(copy.relative_to(self.directory)), "folder": folder})
+        """A file to upload, unless it was before, as it is. A copy is kept: `path` may change or vanish."""
+        self._attach(path.name, path.read_bytes(), folder)
 
     def text(self, text: str, name: str, folder: str = "") -> None:
-        """A small text file to upload under `name`."""
-        source = self.directory / "files" / f"{time.time_ns()}" / name
-        source.parent.mkdir(parents=True)
-        with _naming(source):
-            source.write_text(text)
-        self._append({"kind": "artifact", "path": str(source.relative_to(self.directory)), "folder": folder})
+        """A text file to upload under `name`, unless it was before, as it is."""
+        self._attach(name, text.encode(), folder)
 
     def status(self, status: Status) -> None:
         self._append({"kind": "status", "status": status})
@@ -106,6 +95,21 @@ class Recorder:
 
     def size_bytes(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
+
+    def _attach(self, name: str, content: bytes, folder: str) -> None:
+        attached = (record for record, _ in self.read() if record["kind"] == "artifact")
+        former = [
+            self.directory / record["path"]
+            for record in attached
+            if (Path(record["path"]).name, record["folder"]) == (name, folder)
+        ]
+        if former and former[-1].exists() and former[-1].read_bytes() == content:
+            return
+        copy = self.directory / "files" / f"{time.time_ns()}" / name
+        copy.parent.mkdir(parents=True)
+        with _naming(copy):
+            copy.write_bytes(content)
+        self._append({"kind": "artifact", "path": str(copy.relative_to(self.directory)), "folder": folder})
 
     def _append(self, record: dict[str, Any]) -> None:
         if "values" in record and not record["values"]:

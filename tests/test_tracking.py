@@ -160,6 +160,17 @@ def test_torn_lines_are_skipped(tmp_path: Path) -> None:
     assert [record["values"] for record, _ in recorder.read()] == [{"a": 1.0}, {"a": 2.0}]
 
 
+def test_what_is_told_again_as_it_was_is_recorded_once(tmp_path: Path) -> None:
+    record, plot = Recorder(tmp_path / "run"), tmp_path / "curve.svg"
+    for shown in ("<svg/>", "<svg/>", "<svg>more</svg>"):
+        plot.write_text(shown)
+        record.artifact(plot, "plots")
+        record.config({"epochs": 2})
+    kept = [line for line, _ in record.read() if line["kind"] == "artifact"]
+    assert [Path(line["path"]).name for line in kept] == ["curve.svg", "config.yaml", "curve.svg"]
+    assert [(record.directory / line["path"]).read_text() for line in kept[::2]] == ["<svg/>", shown]
+
+
 def test_a_recorder_travels_to_another_process(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "box")
     code = (

@@ -74,8 +74,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise ConfigError(f"suite {args.name!r} does not exist{nearest(args.name, list(SUITES))}")
     if args.tries and (args.json or args.write):
         raise ConfigError("--try looks at validation alone; write the results by a command without it")
-    if args.seeds is not None and args.seeds < 1:
-        raise ConfigError(f"--seeds {args.seeds}: at least one is needed")
+    if args.seeds is not None and args.seeds < 0:
+        raise ConfigError(f"--seeds {args.seeds}: take 1 or more, or 0 to train nothing")
     args.suite = SUITES[args.name]
     args.rows = chosen(args.suite, args.models)
     args.seeds = range(args.suite.seeds if args.seeds is None else args.seeds)

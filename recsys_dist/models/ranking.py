@@ -31,8 +31,8 @@ from recsys_dist.models.protocol import ModelConfig, Task
 from recsys_dist.schema import IdFeature, Schema, SingleId
 
 # A linear weight is the mean of as many columns, which start equal, get equal gradients and so stay equal;
-# Adagrad does not see that each gradient is a quarter: exactly the scalar weight that it stands for. (Only a
-# weight_decay is added to that quarter, and so counts four times.)
+# Adagrad does not see that each gradient is a quarter: exactly the scalar weight that it stands for. (SGD
+# does see it, and steps a quarter as far; a weight_decay is added to that quarter, and so counts four times.)
 WIDE_DIM = DIM_UNIT
 WIDE = "wide"  # the key and the table of the linear part
 

@@ -17,7 +17,6 @@ from torchrec.optim import RowWiseAdagrad
 
 from recsys_dist.config import Config
 from recsys_dist.errors import ConfigError
-from recsys_dist.models.ranking import WIDE, WIDE_DIM
 from recsys_dist.train.ftrl import FTRL
 
 # Classes that both run in torch and (FTRL not) name a fused kernel to TorchRec; its own Adagrad and SGD only
@@ -119,15 +118,8 @@ class OptimizerConfig(Config):
 def table_rules(
     model: nn.Module, groups: Mapping[str, list[nn.Parameter]], cfg: OptimizerConfig
 ) -> dict[str, TableOptimizer]:
-    """The rule of each table, keyed by its weight's name in `model`.
-
-    A linear weight is the mean of WIDE_DIM columns, each with so small a part of the gradient: SGD steps as
-    much further. (Adagrad divides by what gradients were; FTRL takes a row for the weight itself.)
-    """
-    rules = {group: cfg.table(group) for group in groups}
-    if WIDE in rules and rules[WIDE].rule == "sgd":
-        rules[WIDE] = rules[WIDE].model_copy(update={"lr": WIDE_DIM * rules[WIDE].lr})
-    by_id = {id(weight): rules[group] for group, weights in groups.items() for weight in weights}
+    """The rule of each table, keyed by its weight's name in `model`."""
+    by_id = {id(weight): cfg.table(group) for group, weights in groups.items() for weight in weights}
     return {name: by_id[id(weight)] for name, weight in model.named_parameters() if id(weight) in by_id}
 
 

@@ -6,13 +6,10 @@ import torch
 
 from recsys_dist.config import rng_for
 from recsys_dist.errors import ConfigError
-from recsys_dist.models import lr
 from recsys_dist.models.mlp import Config, Model
 from recsys_dist.models.ranking import Objective
-from recsys_dist.train.optim import OptimizerConfig
 from recsys_dist.train.sharding import materialise
 from tests.batches import random_batch, small_schema
-from tests.train.unsharded import train_unsharded
 
 ROWS = 7
 
@@ -73,17 +70,3 @@ def test_a_weight_that_would_learn_the_opposite_or_nothing_is_refused(weight: fl
         Objective.parse({"tasks": {"like": weight}})
     with pytest.raises(ConfigError, match="positive_weight"):
         Objective.parse({"positive_weight": weight})
-
-
-def test_sgd_steps_a_linear_weight_by_its_whole_gradient() -> None:
-    """z = b + Σ w of the row's ids: one row's gradient of each is sigmoid(z) - y, here .5."""
-    cfg = lr.Config(features=("item",))
-    torch.manual_seed(0)
-    schema = lr.Model.inputs(small_schema(), cfg)
-    model = materialise(lr.Model(cfg, schema), 0)
-    batch = random_batch(schema, 1, rng_for(3, "rows"), {"item": np.array([5]), "click": np.zeros(1)})
-    optimizer = OptimizerConfig.parse({"wide": {"rule": "sgd", "lr": 0.4}})
-    train_unsharded(model, model.table_groups(), optimizer)
-    assert model.logits(batch).item() == 0
-    model.loss(batch, 0).sum().backward()
-    assert model.logits(batch).item() == pytest.approx(-0.4 * 0.5)

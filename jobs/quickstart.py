@@ -253,7 +253,7 @@ def _ranking_sentences(ranking: dict[str, Any]) -> Iterator[str]:
 
 
 def _figure(value: float | None) -> str:
-    return "not defined: nobody has both" if value is None else f"{value:.4f}"
+    return "not defined, as no user has both outcomes" if value is None else f"{value:.4f}"
 
 
 def _recall_sentences(recall: dict[str, Any]) -> Iterator[str]:

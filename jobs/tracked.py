@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,13 @@ def run(cfg: TrainConfig, out: Path, tracked: TrackingConfig, evaluate: Evaluate
         live.record.config(cfg.model_dump(mode="json"))
         live.record.tags(_chain(cfg, directory.name))
         live.record.data(prepared.path.name, prepared.manifest.data_digest, str(prepared.path))
-        fitted = trainer.fit(cfg, out / "models", on_report=_curve_recorder(live.record))
+        told = _told(live.record)
+        fitted = trainer.fit(cfg, out / "models", on_report=_curve_recorder(live.record, told))
         live.record.checkpoint(fitted.checkpoint)
         evaluation = evaluated(prepared, fitted.checkpoint, evaluate) if evaluate else None
         figures = figures_of(cfg, fitted, evaluation)
         if evaluation:
-            told, final = _told(live.record), final_metrics(evaluation)
+            final = final_metrics(evaluation)
             live.record.metrics({key: value for key, value in final.items() if told.get((key, 0)) != value})
         for figure in figures:
             live.record.artifact(plots.save(figure, fitted.run / "plots"), "plots")
@@ -151,7 +152,7 @@ _OF_A_POINT: tuple[str, ...] = ("loss", "rows_per_s", "skipped", "loader_s", "sa
 
 
 def _told(record: Recorder) -> dict[tuple[str, int], float]:
-    """(key, step) -> the value that was recorded last."""
+    """(key, step) -> the value that former starts of the run recorded last."""
     return {
         (key, line["step"]): value
         for line, _ in record.read()
@@ -160,9 +161,10 @@ def _told(record: Recorder) -> dict[tuple[str, int], float]:
     }
 
 
-def _curve_recorder(record: Recorder) -> Callable[[dict[str, Any]], None]:
+def _curve_recorder(
+    record: Recorder, told: Mapping[tuple[str, int], float]
+) -> Callable[[dict[str, Any]], None]:
     """A listener for the trainer's progress that tells each point once, also over restarts of the driver."""
-    told = _told(record)
 
     def on_report(line: dict[str, Any]) -> None:
         phase = line["phase"]

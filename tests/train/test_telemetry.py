@@ -80,7 +80,7 @@ def test_without_ray_it_tells_nobody():
 def test_mlflow_hears_each_point_once_under_names_that_are_documented(tmp_path):
     record = Recorder(tmp_path)
     for _ in range(2):  # as when the driver is started anew
-        tracked._curve_recorder(record)(POINT)
+        tracked._curve_recorder(record, tracked._told(record))(POINT)
     [line] = [line for line, _ in record.read()]
     assert line["step"] == 7
     assert line["values"] == {
@@ -102,6 +102,6 @@ def test_mlflow_hears_each_point_once_under_names_that_are_documented(tmp_path):
 def test_points_of_former_versions_are_still_read(tmp_path):
     old = {key: POINT[key] for key in ("kind", "phase", "step", "loss", "rows_per_s", "gradients")}
     record = Recorder(tmp_path)
-    tracked._curve_recorder(record)(old)
+    tracked._curve_recorder(record, tracked._told(record))(old)
     [line] = [line for line, _ in record.read()]
     assert line["values"].keys() == {"choose/loss", "choose/rows_per_s", "choose/gradient/tower.0"}

@@ -28,8 +28,9 @@ temp=${TMPDIR:-/tmp}/recsys-$(id -u)-$gcs_port
 export PATH=$bin:$PATH  # a job's `python` is the one on the cluster's PATH
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$dir/token
 export RAY_USAGE_STATS_ENABLED=0
-# idle processes that a node keeps for the next stage of Ray Data: see recsys_dist/session.py
+# idle processes that a node keeps for the next stage of Ray Data, and their memory: see recsys_dist/session.py
 export RAY_num_workers_soft_limit=${RAY_num_workers_soft_limit:-$((4 * ${CPUS:-$(nproc)}))}
+export ARROW_DEFAULT_MEMORY_POOL=${ARROW_DEFAULT_MEMORY_POOL:-jemalloc}
 
 main() {
   case ${1:-} in

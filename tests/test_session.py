@@ -37,6 +37,9 @@ def test_processes_of_a_cluster_started_here_know_its_address_and_the_driver_kee
         "asked = ray.remote(lambda: os.environ['RAY_ADDRESS']).remote()\n"
         "assert ray.get(asked) == ray.get_runtime_context().gcs_address\n"
         "assert 'RAY_ADDRESS' not in os.environ and 'RAY_GCS_SERVER_PORT' not in os.environ\n"
+        "import pyarrow as pa\n"
+        "pool = ray.get(ray.remote(lambda: pa.default_memory_pool().backend_name).remote())\n"
+        "assert pool == 'jemalloc' or 'jemalloc' not in pa.supported_memory_backends(), pool\n"
     )
     alone = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     subprocess.run([sys.executable, "-c", code], env=alone, check=True, timeout=120)

@@ -16,8 +16,8 @@ _PROBE_S = 5.0
 # Ray Data runs reads, either side of a shuffle, and its own actors in processes that no other kind may use.
 # Of idle ones Ray keeps one a CPU: each stage would start its own anew, for 2 to 3 s of CPU time apiece.
 _PROCESSES_PER_CPU = 4
-# Arrow's own choice, mimalloc, never gives freed memory back: of a million events prepared, 1.1 GB stayed with
-# an idle process.
+# Arrow's own choice, mimalloc, never gives freed memory back: of a million events that were prepared 1.1 GB
+# stayed with an idle process.
 _ALLOCATOR = "jemalloc"
 
 
@@ -82,7 +82,7 @@ def _own_address() -> dict[str, str]:
 
 
 def _of_processes(cpus: int | None) -> dict[str, str]:
-    """How many processes Ray keeps when they are idle, and how little memory, unless the user says so herself."""
+    """How many idle processes Ray keeps, and how little memory they do, unless the user says so herself."""
     chosen = {"RAY_num_workers_soft_limit": str(_PROCESSES_PER_CPU * (cpus or os.cpu_count() or 1))}
     if _ALLOCATOR in pa.supported_memory_backends():
         chosen["ARROW_DEFAULT_MEMORY_POOL"] = _ALLOCATOR

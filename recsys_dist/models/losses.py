@@ -1,10 +1,14 @@
-"""Losses as pure functions of logits: one value per row, unweighted and unreduced.
+"""Losses as pure functions: one value per row, unweighted and unreduced.
 
-B rows, S sampled negatives shared by all rows
+B rows, b of them, S sampled negatives shared by all rows, D dimension of their vectors
 """
+
+from typing import Any
 
 import torch
 from torch.nn import functional as F
+
+_CACHED_LOGITS = 1 << 17  # at once, on a CPU: half a MiB
 
 
 def binary_cross_entropy(logit_B: torch.Tensor, label_B: torch.Tensor) -> torch.Tensor:
@@ -13,13 +17,14 @@ def binary_cross_entropy(logit_B: torch.Tensor, label_B: torch.Tensor) -> torch.
 
 
 def sampled_softmax(
-    positive_B: torch.Tensor,
-    negative_BS: torch.Tensor,
+    user_BD: torch.Tensor,
+    positive_BD: torch.Tensor,
+    negative_SD: torch.Tensor,
     log_q_positive_B: torch.Tensor,
     log_q_negative_S: torch.Tensor,
     hit_BS: torch.Tensor,
 ) -> torch.Tensor:
-    """[B]  -log( exp(s⁺) / (exp(s⁺) + Σ_j exp(s_j)) ),  where s = logit - log q(item).
+    """[B]  -log( exp(s⁺) / (exp(s⁺) + Σ_j exp(s_j)) ),  where s = user · item - log q(item).
 
     Subtracting each candidate's log-probability of being drawn makes the sampled softmax estimate the
     full one: Bengio & Senécal 2008 (IEEE TNN 19:4), Jean et al. 2015 (arXiv 1412.2007 §3.1); for
@@ -29,11 +34,53 @@ def sampled_softmax(
     `hit_BS` marks accidental hits, negatives that are the row's own positive; they are left out.
     Computed as softplus(logsumexp_j s_j - s⁺), which overflows for no finite logits.
     """
-    corrected_BS = negative_BS - log_q_negative_S
-    # finite, not -inf: a row whose negatives are all hits has loss 0 and gradient 0 instead of NaN
-    floor = torch.finfo(corrected_BS.dtype).min / 4
-    others_B = corrected_BS.masked_fill(hit_BS, floor).logsumexp(dim=1)
-    return F.softplus(others_B - (positive_B - log_q_positive_B))
+    positive_B = (user_BD * positive_BD).sum(dim=1) - log_q_positive_B
+    return F.softplus(log_partition(user_BD, negative_SD, log_q_negative_S, hit_BS) - positive_B)
+
+
+def log_partition(
+    user_BD: torch.Tensor, item_SD: torch.Tensor, log_q_S: torch.Tensor, left_out_BS: torch.Tensor
+) -> torch.Tensor:
+    """[B]  log Σ_j exp(user · item_j - log q_j) over the items that are not left out.
+
+    Differentiable in users and items. Where all are left out it is so low that a softplus of it is 0, and so
+    is its gradient.
+    """
+    total_B: torch.Tensor = _LogPartition.apply(user_BD, item_SD, log_q_S, left_out_BS)  # type: ignore[no-untyped-call]
+    return total_B
+
+
+class _LogPartition(torch.autograd.Function):
+    """By hand, some rows at a time: each block of logits stays in a CPU's cache until all is done with it.
+
+    With p_bj = exp(s_bj) / Σ_k exp(s_bk), the gradients are Σ_j p_bj item_j and Σ_b g_b p_bj user_b.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, user_BD: torch.Tensor, item_SD: torch.Tensor, log_q_S: torch.Tensor, out_BS: torch.Tensor
+    ) -> torch.Tensor:
+        # finite, not -inf: a row of which all is left out has the gradient 0 instead of NaN
+        floor = torch.finfo(user_BD.dtype).min / 4
+        exp_BS, mean_BD = user_BD.new_empty(out_BS.shape), torch.empty_like(user_BD)
+        top_B, sum_B = user_BD.new_empty(len(user_BD)), user_BD.new_empty(len(user_BD))
+        rows = len(user_BD) if user_BD.is_cuda else max(1, _CACHED_LOGITS // len(item_SD))
+        for b in (slice(start, start + rows) for start in range(0, len(user_BD), rows)):
+            block_bS = torch.addmm(log_q_S, user_BD[b], item_SD.T, beta=-1, out=exp_BS[b])
+            block_bS.masked_fill_(out_BS[b], floor)
+            torch.amax(block_bS, dim=1, out=top_B[b])
+            block_bS.sub_(top_B[b, None]).exp_()
+            torch.sum(block_bS, dim=1, out=sum_B[b])
+            torch.mm(block_bS, item_SD, out=mean_BD[b])
+        mean_BD /= sum_B[:, None]
+        ctx.save_for_backward(user_BD, exp_BS, sum_B, mean_BD)
+        return top_B + sum_B.log()
+
+    @staticmethod
+    def backward(ctx: Any, *of_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        user_BD, exp_BS, sum_B, mean_BD = ctx.saved_tensors
+        g_B = of_total[0]
+        return g_B[:, None] * mean_BD, exp_BS.T @ ((g_B / sum_B)[:, None] * user_BD), None, None
 
 
 def focal(logit_B: torch.Tensor, label_B: torch.Tensor, gamma: float) -> torch.Tensor:

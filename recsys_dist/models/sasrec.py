@@ -174,8 +174,7 @@ class Model(nn.Module):
         found = vectors_of(self.tables, {self.past: past, self.item: scored})
         next_VD, other_SD = torch.split(found[self.item], [len(next_V), len(other_S)])
         hidden_VD = self._hidden(past, found[self.past])
-        next_score_V = (hidden_VD * next_VD).sum(dim=1)
-        loss_V = self._loss(next_score_V, hidden_VD @ other_SD.T, next_V, other_S) * (next_V > 0)
+        loss_V = self._loss(hidden_VD, next_VD, other_SD, next_V, other_S) * (next_V > 0)
         of_V = torch.repeat_interleave(row_B, past.lengths())
         return loss_V.new_zeros(batch.rows).index_add(0, of_V, loss_V) / self.longest
 
@@ -194,15 +193,23 @@ class Model(nn.Module):
         return self.norm(x_VD)
 
     def _loss(
-        self, next_score_V: torch.Tensor, score_VS: torch.Tensor, next_V: torch.Tensor, other_S: torch.Tensor
+        self,
+        hidden_VD: torch.Tensor,
+        next_VD: torch.Tensor,
+        other_SD: torch.Tensor,
+        next_V: torch.Tensor,
+        other_S: torch.Tensor,
     ) -> torch.Tensor:
         """[V] loss of each position."""
-        if self.cfg.loss == "softmax":
-            return score_VS.logsumexp(dim=1) - next_score_V
         hit_VS = next_V[:, None] == other_S[None, :]
-        if self.cfg.loss == "gbce":
-            return gbce(next_score_V, score_VS, hit_VS, self.beta)
-        return sampled_softmax(next_score_V, score_VS, self.log_q_I[next_V], self.log_q_I[other_S], hit_VS)
+        if self.cfg.loss == "sampled_softmax":
+            log_q = self.log_q_I[next_V], self.log_q_I[other_S]
+            return sampled_softmax(hidden_VD, next_VD, other_SD, *log_q, hit_VS)
+        if self.cfg.loss == "softmax":  # over all items: of each q is 1, of which the next one is one
+            one_V, one_S = hidden_VD.new_zeros(len(next_V)), hidden_VD.new_zeros(len(other_S))
+            return sampled_softmax(hidden_VD, next_VD, other_SD, one_V, one_S, hit_VS)
+        next_score_V = (hidden_VD * next_VD).sum(dim=1)
+        return gbce(next_score_V, hidden_VD @ other_SD.T, hit_VS, self.beta)
 
 
 def _groups(lengths: torch.Tensor) -> list[_Group]:

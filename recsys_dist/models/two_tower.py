@@ -163,8 +163,9 @@ class Model(nn.Module):
         log_expected_I = _log(weight_G.sum() * self.share_I + self.expected_drawn_I)
         user_BD = self(batch) / self.cfg.temperature
         loss_B = sampled_softmax(
-            (user_BD * positive_BD).sum(dim=1),
-            user_BD @ candidate_CD.T,
+            user_BD,
+            positive_BD,
+            candidate_CD,
             log_expected_I[positive_B],
             log_expected_I[candidate_C] - _log(weight_C),
             left_out_BC,

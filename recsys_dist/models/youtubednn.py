@@ -156,16 +156,16 @@ class Model(nn.Module):
         user_BD, vectors = self._embedded(batch, negative_S)
         positive_BD, negative_SD = vectors[: batch.rows], vectors[batch.rows :]
         user_BD = user_BD / self.cfg.temperature
-        logit_B, others_BS = (user_BD * positive_BD).sum(dim=1), user_BD @ negative_SD.T
         hit_BS = positive_B[:, None] == negative_S[None, :]
-        match self.cfg.loss:
-            case "bpr":
+        if self.cfg.loss == "sampled_softmax":
+            log_q = self.log_q_I[positive_B], self.log_q_I[negative_S]
+            loss_B = sampled_softmax(user_BD, positive_BD, negative_SD, *log_q, hit_BS)
+        else:
+            logit_B, others_BS = (user_BD * positive_BD).sum(dim=1), user_BD @ negative_SD.T
+            if self.cfg.loss == "bpr":
                 loss_B = bayesian_personalised_ranking(logit_B, others_BS, hit_BS)
-            case "gbce":
+            else:
                 loss_B = gbce(logit_B, others_BS, hit_BS, self.beta)
-            case "sampled_softmax":
-                log_q = self.log_q_I[positive_B], self.log_q_I[negative_S]
-                loss_B = sampled_softmax(logit_B, others_BS, *log_q, hit_BS)
         return loss_B * (positive_B > 0)
 
     def table_groups(self) -> Mapping[str, list[nn.Parameter]]:

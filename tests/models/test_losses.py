@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from recsys_dist.config import rng_for
+from recsys_dist.models import losses
 from recsys_dist.models.losses import (
     bayesian_personalised_ranking,
     binary_cross_entropy,
@@ -38,16 +39,31 @@ def test_sampled_softmax_is_its_formula() -> None:
     hit = rng.random((5, 7)) < 0.2
     expected, gradient = numpy_sampled_softmax(user, positive, negatives, log_q, hit)
     u = torch.tensor(user, requires_grad=True)
-    loss = sampled_softmax(
-        (u * torch.tensor(positive)).sum(1),
-        u @ torch.tensor(negatives).T,
-        torch.tensor(log_q[0]),
-        torch.tensor(log_q[1]),
-        torch.tensor(hit),
-    )
+    loss = sampled_softmax(u, *map(torch.tensor, (positive, negatives, *log_q, hit)))
     loss.sum().backward()
     np.testing.assert_allclose(loss.detach().numpy(), expected, rtol=1e-12)
     np.testing.assert_allclose(u.grad.numpy(), gradient, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("cached", [1, 3 * 7, 1 << 17], ids=["row by row", "blocks and a rest", "at once"])
+def test_log_partition_is_autograds(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whatever blocks, with rows of unequal weight and items left out."""
+    monkeypatch.setattr(losses, "_CACHED_LOGITS", cached)
+    rng = rng_for(9, "losses")
+    values = [torch.tensor(rng.normal(size=shape)) for shape in ((8, 4), (7, 4), (7,), (8,))]
+    left_out = torch.tensor(rng.random((8, 7)) < 0.3)
+
+    def plain(u: torch.Tensor, v: torch.Tensor, log_q: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return (u @ v.T - log_q).masked_fill(out, -torch.inf).logsumexp(dim=1)
+
+    found = []
+    for log_partition in (losses.log_partition, plain):
+        u, v = (x.clone().requires_grad_() for x in values[:2])
+        total = log_partition(u, v, values[2], left_out)
+        (total * values[3]).sum().backward()
+        found.append((total.detach(), u.grad, v.grad))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
 
 
 def test_all_items_drawn_once_uniformly_is_the_full_softmax() -> None:
@@ -55,9 +71,11 @@ def test_all_items_drawn_once_uniformly_is_the_full_softmax() -> None:
     logit = torch.tensor(rng.normal(size=(6, 9)))
     positive = torch.tensor(rng.integers(0, 9, 6))
     uniform = torch.full((9,), -np.log(9.0), dtype=torch.float64)
+    items = torch.eye(9, dtype=torch.float64)
     loss = sampled_softmax(
-        logit.gather(1, positive[:, None]).squeeze(1),
         logit,
+        items[positive],
+        items,
         uniform[positive],
         uniform,
         positive[:, None] == torch.arange(9)[None, :],
@@ -73,11 +91,11 @@ def test_correction_removes_the_bias_of_popularity_sampling() -> None:
     expected_sum = (q * np.exp(logit - np.log(q))).sum()
     np.testing.assert_allclose(expected_sum, np.exp(logit).sum(), rtol=1e-12)
     draws = rng.choice(20, size=200_000, p=q)
-    drawn = torch.tensor(logit[draws])[None, :]
-    log_q = torch.tensor(np.log(q))
+    items, log_q = torch.tensor(logit)[:, None], torch.tensor(np.log(q))
     loss = sampled_softmax(
-        torch.tensor(logit[:1]),
-        drawn,
+        torch.ones(1, 1, dtype=torch.float64),
+        items[:1],
+        items[draws],
         torch.zeros(1, dtype=torch.float64),
         log_q[draws] + np.log(200_000.0),
         torch.zeros(1, 200_000, dtype=torch.bool),
@@ -87,18 +105,16 @@ def test_correction_removes_the_bias_of_popularity_sampling() -> None:
 
 
 def test_a_row_whose_negatives_are_all_hits_is_silent() -> None:
-    positive = torch.tensor([0.3], requires_grad=True)
-    negative = torch.tensor([[0.3, 0.3]], requires_grad=True)
+    vectors = [torch.full(shape, 0.3, requires_grad=True) for shape in ((1, 1), (1, 1), (2, 1))]
     hit = torch.ones(1, 2, dtype=torch.bool)
-    loss = sampled_softmax(positive, negative, torch.zeros(1), torch.zeros(2), hit)
+    loss = sampled_softmax(*vectors, torch.zeros(1), torch.zeros(2), hit)
     loss.sum().backward()
-    assert loss.item() == 0 and positive.grad.item() == 0 and not negative.grad.any()
+    assert loss.item() == 0 and not any(vector.grad.any() for vector in vectors)
 
 
 def test_large_logits_do_not_overflow() -> None:
-    loss = sampled_softmax(
-        torch.tensor([-1e4]), torch.tensor([[1e4]]), torch.zeros(1), torch.zeros(1), torch.zeros(1, 1).bool()
-    )
+    user, item = torch.tensor([[1e4]]), torch.tensor([[1.0]])
+    loss = sampled_softmax(user, -item, item, torch.zeros(1), torch.zeros(1), torch.zeros(1, 1).bool())
     assert loss.item() == 2e4
 
 

@@ -163,15 +163,16 @@ def test_correction_finds_the_full_softmax_ranking_under_zipf() -> None:
     user = rng.integers(0, users, (steps, rows))
     item = torch.from_numpy((rng.random((steps, rows, 1)) < p.cumsum(axis=1)[user]).argmax(axis=2))
     log_q = torch.from_numpy(np.log(p.mean(axis=0)))
+    one_hot = torch.eye(items, dtype=torch.float64)
     agreement = []
     for correction in (log_q, torch.zeros_like(log_q)):
         score = torch.zeros(users, items, dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.Adam([score], lr=0.05)
         for step in range(steps):
-            of, logit = item[step], score[user[step]]
-            positive = logit.gather(1, of[:, None]).squeeze(1)
+            of = item[step]
             same = of[:, None] == of[None, :]
-            loss = sampled_softmax(positive, logit[:, of], correction[of], correction[of], same)
+            logit, chosen = score[user[step]], one_hot[of]
+            loss = sampled_softmax(logit, chosen, chosen, correction[of], correction[of], same)
             optimizer.zero_grad()
             loss.mean().backward()
             optimizer.step()

@@ -224,7 +224,7 @@ def test_a_finished_run_is_never_run_again(tmp_path: Path, monkeypatch: pytest.M
     row, results, tried = suite.rows[0], tmp_path / "out/results/made-up", tmp_path / "tried/made-up.jsonl"
     bench = suite_runs.Bench(suite, prepared, tmp_path / "out", results, TrackingConfig())
     try:
-        said = bench.score(row, 0, [])
+        said = bench.score(row, 0, ["num_workers=0"])
     finally:
         ray.shutdown()
     [found] = bench.records()

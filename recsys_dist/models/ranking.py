@@ -137,18 +137,20 @@ class Ranker(nn.Module):
 
     def loss_of(self, logits_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
         """[B] `loss`, of logits that were computed before."""
-        label_B = batch.labels[self.label]
-        loss_B = self._label_loss(logits_BT[:, 0], label_B)
-        loss_B = loss_B * torch.where(label_B > 0, self.objective.positive_weight, 1.0)
+        loss_B = self.label_loss(logits_BT[:, 0], batch)
         for column, (name, weight) in enumerate(self.objective.tasks.items(), start=1):
             of_task = losses.binary_cross_entropy if self.kinds[name] == "binary" else losses.log_square
             loss_B = loss_B + weight * of_task(logits_BT[:, column], batch.labels[name])
         return loss_B
 
-    def _label_loss(self, logit_B: torch.Tensor, label_B: torch.Tensor) -> torch.Tensor:
+    def label_loss(self, logit_B: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """[B] the label's alone."""
+        label_B = batch.labels[self.label]
         if self.objective.loss == "focal":
-            return losses.focal(logit_B, label_B, self.objective.focal_gamma)
-        return losses.binary_cross_entropy(logit_B, label_B)
+            loss_B = losses.focal(logit_B, label_B, self.objective.focal_gamma)
+        else:
+            loss_B = losses.binary_cross_entropy(logit_B, label_B)
+        return loss_B * torch.where(label_B > 0, self.objective.positive_weight, 1.0)
 
     def table_groups(self) -> Mapping[str, list[nn.Parameter]]:
         """`"wide"`: the linear part's weights, where there is one; `"deep"`: all embeddings."""

@@ -11,7 +11,7 @@ Served is exp(z), the expected watch time of an impression.
 
 The paper's inputs x, x² and √x of quantiles are features of the schema: `Numeric(quantile=True, power=2)`.
 
-B rows, F fields, D embedding dimension
+B rows, F fields, D embedding dimension, T tasks
 """
 
 from typing import Any, ClassVar, Literal
@@ -24,7 +24,7 @@ from recsys_dist.config import nearest
 from recsys_dist.errors import ConfigError
 from recsys_dist.models.losses import weighted_logistic
 from recsys_dist.models.protocol import Catalogue
-from recsys_dist.models.ranking import Fields, Ranker, TowerConfig, embedded
+from recsys_dist.models.ranking import Fields, Objective, Ranker, TowerConfig, embedded
 from recsys_dist.schema import Schema
 
 
@@ -50,28 +50,29 @@ class Model(Ranker):
         self.cfg = cfg
         self.predicts: str = _value(schema, cfg)
         self.fields = Fields(schema, embedded(schema), [], cfg)
-        self.tower = cfg.tower(self.fields.width + len(schema.dense), 1)
+        self.tower = cfg.tower(self.fields.width + len(schema.dense), self.outputs)
 
     @staticmethod
     def inputs(schema: Schema, cfg: Any) -> Schema:
         """See Ranker; ConfigError too where there is no amount to expect, and for other objectives."""
-        if cfg.objective != type(cfg.objective)():
-            raise ConfigError("youtubednn_ranking: its loss is its own; leave out `objective`")
+        if cfg.objective != Objective(tasks=cfg.objective.tasks):
+            raise ConfigError(
+                "youtubednn_ranking: its loss is its own; of `objective` it takes `tasks` alone"
+            )
         _value(schema, cfg)
         return Ranker.inputs(schema, cfg)
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        """[B, 1]"""
+        """[B, T]"""
         fields_BFD, _ = self.fields(batch.sparse)
         return self.tower(torch.cat([fields_BFD.flatten(1), batch.dense], dim=1), batch.real)
 
-    def loss(self, batch: Batch, step: int) -> torch.Tensor:
+    def label_loss(self, logit_B: torch.Tensor, batch: Batch) -> torch.Tensor:
         """[B] weighted logistic loss."""
-        del step  # nothing is sampled
         clicked_B = batch.labels[self.label]
         amount_B = clicked_B * batch.labels[self.predicts] / self.cfg.unit
         negative_B = torch.ones_like(clicked_B) if self.cfg.count_all else 1 - clicked_B
-        return weighted_logistic(self.logits(batch)[:, 0], amount_B, negative_B)
+        return weighted_logistic(logit_B, amount_B, negative_B)
 
     def prediction(self, logit_B: torch.Tensor) -> torch.Tensor:
         """[B] expected value, in the label's own unit."""

@@ -92,6 +92,7 @@ def _deployment(cls: type, name: str, cfg: StageConfig) -> serve.Deployment:
         max_ongoing_requests=cfg.ongoing,
         max_queued_requests=cfg.queued,
         logging_config=LoggingConfig(enable_access_log=False),
+        graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=2,
         health_check_timeout_s=10,
     )(cls)

@@ -86,10 +86,10 @@ class TrainConfig(Config):
     )
     optimizer: OptimizerConfig = OptimizerConfig()
     sharding: ShardingConfig = ShardingConfig()
-    num_workers: Count | tuple[Count, Count] = Field(
+    num_workers: Annotated[int, Field(ge=0)] | tuple[Count, Count] = Field(
         1,
         description="how many; or [fewest, most]: as many as the cluster has room for, fewer after a lost "
-        "node, more when one joins",
+        "node, more when one joins; 0 trains in the process that asks for it, as a debugger likes it",
     )
     elastic_batch: Literal["global", "per_worker"] = Field(
         "global",
@@ -193,14 +193,16 @@ class TrainConfig(Config):
 
     @property
     def fewest_workers(self) -> int:
-        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+        return max(1, self.num_workers) if isinstance(self.num_workers, int) else self.num_workers[0]
 
     @property
     def most_workers(self) -> int:
-        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+        return max(1, self.num_workers) if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @property
     def workers_in_words(self) -> str:
+        if self.num_workers == 0:
+            return "no other process"
         if self.fewest_workers < self.most_workers:
             return f"{self.fewest_workers} to {self.most_workers} workers"
         return f"{self.most_workers} worker{'s' if self.most_workers > 1 else ''}"

@@ -28,6 +28,7 @@ from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VA
 from tqdm import tqdm
 
 from recsys_dist import errors, session
+from recsys_dist.data import pipeline
 from recsys_dist.data.output import write_text
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import CheckpointError, ConfigError, RecsysError, SupersededError, TrainError
@@ -188,6 +189,8 @@ class _Trainer(TorchTrainer):
 
 def _train(cfg: TrainConfig, run: Path) -> None:
     logging.getLogger("ray.train").setLevel(logging.ERROR)
+    if cfg.num_workers == 0:
+        pipeline.quiet()  # it reads its data here
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # notices a lost worker sooner
     if not os.environ.get("RAY_ADDRESS"):  # it is a process more to start, and tells of machines taken away
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")

@@ -35,7 +35,8 @@ def train_worker(values: dict[str, Any]) -> None:
     if (run / FAILURE).exists():
         return  # Ray Train started the workers again; this is not a failure that trying again mends
     cpu.configure(cfg.threads_per_worker)
-    if not dist.is_initialized():
+    alone = not dist.is_initialized()  # with num_workers=0, which has no group
+    if alone:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         device = ray.train.torch.get_device() if cfg.use_gpu else torch.device("cpu")
@@ -52,6 +53,9 @@ def train_worker(values: dict[str, Any]) -> None:
         if not isinstance(error, NonFiniteLossError | CheckpointError):
             raise  # the other workers may not know, and wait
         # These are raised on all workers alike: all end here, and Ray Train starts none of them again.
+    finally:
+        if alone:
+            dist.destroy_process_group()
 
 
 def write_failure(run: Path, error: RecsysError, start: str) -> None:

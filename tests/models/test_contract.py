@@ -36,6 +36,7 @@ def outputs(model: Any, batch: Batch) -> torch.Tensor:
 SLOW = {"lr": 300}  # steps: what nothing multiplies learns from small steps only
 NOISY = {"fm"}  # models that fit all pairs of fields alike, those that mean nothing too
 ADDITIVE = {"lr"}  # models that see no pair of features
+TRUNKLESS = {"lr"}
 
 
 def planted(schema: Schema, name: str, rows: int, seed: int) -> Batch:
@@ -82,6 +83,23 @@ def test_loss_is_one_finite_value_per_row(name: str) -> None:
     assert loss.shape == (9,) and bool(torch.isfinite(loss).all())
     again = model.loss(random_batch(schema, 9, rng_for(1, "rows")), 3)
     torch.testing.assert_close(loss, again)  # batch norm sums about a running mean: but for rounding
+
+
+def test_rankers_learn_further_labels_on_their_trunk(name: str) -> None:
+    module = model_module(name)
+    if module.Model.task == "recall" or name in TRUNKLESS:
+        pytest.skip("it has no trunk that tasks could share")
+    model, schema = build(name, settings={"objective": {"tasks": {"like": 0.5}}})
+    batch = random_batch(schema, 9, rng_for(1, "rows"))
+    logit_BT = model.eval().logits(batch)
+    like = torch.nn.functional.binary_cross_entropy_with_logits(
+        logit_BT[:, 1], batch.labels["like"], reduction="none"
+    )
+    assert logit_BT.shape == (9, 2)
+    alone = model.label_loss(logit_BT[:, 0], batch)
+    torch.testing.assert_close(model.loss_of(logit_BT, batch), alone + 0.5 * like)
+    model.loss_of(logit_BT, batch).sum().backward()
+    assert all(weight.grad is not None for group in model.table_groups().values() for weight in group)
 
 
 def test_planted_structure_is_recovered(name: str) -> None:

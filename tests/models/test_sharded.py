@@ -65,7 +65,7 @@ CASES = [
     loss_of("mlp", objective={"positive_weight": 3.0}),
     loss_of("mlp", objective={"loss": "focal", "positive_weight": 2.0}, norm="batch"),
     loss_of("mlp", objective={"tasks": {"like": 0.5, "watch_ms": 0.1}}),
-    loss_of("youtubednn_ranking", count_all=True),
+    loss_of("youtubednn_ranking", count_all=True, objective={"tasks": {"like": 0.5}}),
     loss_of("youtubednn", negatives=32),
     loss_of("youtubednn", loss="bpr", negatives=32),
     loss_of("youtubednn", loss="gbce", negatives=32),

@@ -152,7 +152,7 @@ def test_runs_without_fitting_vectors_are_refused(data, run, tmp_path):
 @pytest.mark.ray
 @pytest.mark.e2e
 def test_each_phase_starts_from_the_same_phase_of_the_other_run(data, run, tmp_path):
-    result = trainer.fit(config(data, run), tmp_path)
+    result = trainer.fit(config(data, run, num_workers=0), tmp_path)
     for phase in ("choose", "refit"):
         [checkpoint] = result.run.glob(f"{phase}/epoch-0001-*")
         [source] = run.glob(f"{phase}/epoch-0001-*")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch.distributed as dist
 from ray.exceptions import RayError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from recsys_dist.config import load_yaml
 from recsys_dist.data.collate import collate
 from recsys_dist.data.prepared import Prepared
-from recsys_dist.errors import ConfigError, DataError
+from recsys_dist.errors import ConfigError, DataError, NonFiniteLossError
 from recsys_dist.metrics import RankingState
 from recsys_dist.train import trainer
 from recsys_dist.train.checkpoint import MANIFEST, load_for_inference
@@ -91,10 +92,30 @@ def test_a_recall_model_is_validated_over_the_whole_catalogue_and_refitted(data,
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.ray
 @pytest.mark.e2e
+def test_without_workers_it_is_the_run_of_one(data, tmp_path):
+    cfg = config(data, epochs=1, refit=False)
+    here, one = (trainer.fit(cfg.override([f"num_workers={n}"]), tmp_path / str(n)) for n in (0, 1))
+    assert_same(here.checkpoint, one.checkpoint)
+    assert not dist.is_initialized(), "the next one starts as this one did"
+    bad = prepared.make(tmp_path / "bad", bad_row=7)
+    with pytest.raises(NonFiniteLossError, match=r"1 of its \d+ rows: shard 1 row 7"):
+        trainer.fit(config(bad, num_workers=0), tmp_path / "out")
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.ray
+@pytest.mark.e2e
 def test_occurrences_are_counted_for_training_alone(data, tmp_path):
     """An id is pulled by λ / n in each of the 14 steps that have it: to nothing; by less without counts."""
     model = {"name": "din", "embedding_dim": 8, "hidden": [16], "regularisation": 40.0, "embedding_std": 1.0}
-    cfg = config(data, model=model, optimizer={"deep": {"rule": "sgd", "lr": 0.5}}, epochs=1, refit=False)
+    cfg = config(
+        data,
+        model=model,
+        optimizer={"deep": {"rule": "sgd", "lr": 0.5}},
+        epochs=1,
+        refit=False,
+        num_workers=0,
+    )
     table = weights(trainer.fit(cfg, tmp_path).checkpoint)["behaviours.tables.embedding_bags.item.weight"]
     assert 0 < np.abs(table[1:]).max() < 0.1
 
@@ -105,7 +126,7 @@ def test_occurrences_are_counted_for_training_alone(data, tmp_path):
 def test_rates_fall_after_an_epoch_that_was_no_better_and_when_it_is_repeated(data, tmp_path):
     """At nearly nothing the weights stand still: the epochs after the first worse one change little."""
     optimizer = {"dense": {"lr": 0.1}, "deep": {"lr": 0.9}}
-    cfg = config(data, epochs=6, patience=5, refit=False, optimizer=optimizer, num_workers=1)
+    cfg = config(data, epochs=6, patience=5, refit=False, optimizer=optimizer, num_workers=0)
     found = trainer.fit(cfg.override(["optimizer.plateau=1e-9"]), tmp_path)
     aucs = [entry["auc"] for entry in found.history]
     worse = next(n for n in range(1, 6) if aucs[n] <= max(aucs[:n]))

@@ -72,7 +72,7 @@ def test_values_come_stay_and_go_and_the_history_is_one(tmp_path: Path) -> None:
     for number, day in enumerate(days):
         warm = {"warm_start": str(runs[-1])} if runs else {}
         cfg = config(
-            day.path, seed=number, num_workers=1, epochs=1, refit=False, calibration="none", **warm
+            day.path, seed=number, num_workers=0, epochs=1, refit=False, calibration="none", **warm
         ).override([f"optimizer.{of}.lr={STILL['lr']}" for of in ("dense", "deep", "wide")])
         fitted = tracked.run(cfg, tmp_path / "out", TrackingConfig(), evaluate=None).fitted
         start = fresh(cfg, day)

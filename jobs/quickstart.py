@@ -111,8 +111,8 @@ def main(argv: list[str]) -> None:
 
 
 def searched(cfg: TrainConfig, trials: int, out: Path, settings: tracking.TrackingConfig) -> tune_job.Outcome:
-    """A sweep of one worker a trial, whose best settings the demo's workers then train."""
-    base = cfg.model_copy(update={"num_workers": 1})
+    """A sweep whose trials need no workers; its best settings the demo's workers then train."""
+    base = cfg.model_copy(update={"num_workers": 0})
     space = recipes.SPACES[cfg.model.name]
     sweep = {"train": base.model_dump(mode="json"), "space": space, "trials": trials}
     if trials <= 2:

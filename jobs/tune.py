@@ -3,6 +3,7 @@
 examples:
   python -m jobs.tune wide_deep data=runs/data
   python -m jobs.tune youtubednn data=runs/data --trials 40 epochs=1
+  python -m jobs.tune wide_deep data=runs/data num_workers=0          (small data: trials start no workers)
   python -m jobs.tune wide_deep data=runs/data --space my_space.yaml --rungs [0.1,1] --keep 3
   python -m jobs.train --config runs/tune/sweep-wide_deep-…/best.yaml     (train what was found, in full)
 

@@ -34,7 +34,6 @@ def own_log(directory: Path) -> None:
     (directory / "events").mkdir(parents=True)
     renamed = ours.rename_columns(["uid", "sku", "ts", "clicked", "device"])
     pq.write_table(renamed, directory / "events/a.parquet")
-    (directory / "events/broken.parquet").write_bytes((directory / "events/a.parquet").read_bytes()[:500])
     pq.write_table(items().rename_columns(["sku", "genre", "length"]), directory / "items.parquet")
     (directory / "log.yaml").write_text(LOG)
 
@@ -58,27 +57,9 @@ def quickstart(data: Path, out: Path, *options: str) -> str:
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(800)  # three runs of the whole job
+@pytest.mark.timeout(600)  # two runs of the whole job
 def test_from_ones_own_log_to_a_report(tmp_path: Path) -> None:
     own_log(tmp_path / "log")
-    refused = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "jobs.quickstart",
-            "--data",
-            str(tmp_path / "log"),
-            "--out",
-            str(tmp_path / "out"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert refused.returncode == 2 and "1 of 2 files refused" in refused.stderr, refused.stderr
-    assert "broken.parquet" in refused.stderr and "Traceback" not in refused.stderr
-    (tmp_path / "log/events/broken.parquet").unlink()
     said = quickstart(tmp_path / "log", tmp_path / "out", "--tune", "2")
     assert "target encoding" in said and "popularity" in said
     report = json.loads((tmp_path / "out/report.json").read_text())

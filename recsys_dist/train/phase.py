@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray.train
 import torch
 
 from recsys_dist.config import rng_for
@@ -366,7 +365,6 @@ class _Attempt:
         entry = saved.manifest.history[-1]
         chain = saved.manifest.chain
         common.progress.epoch(self.phase.name, self.phase.epochs, entry, chain.epochs if chain else 0)
-        ray.train.report({"phase": self.phase.name, **entry})
         return saved
 
     def wait(self) -> None:

@@ -184,7 +184,7 @@ def _run(jobs: _Jobs, cfg: SweepConfig, directory: Path) -> None:
     }
     os.environ.update(environment)
     tuner = tune.Tuner(
-        tune.with_resources(_train, {"cpu": 0, "memory": _DRIVER_BYTES}),
+        tune.with_resources(_train, _resources(cfg.train)),
         tune_config=tune.TuneConfig(
             search_alg=jobs,
             num_samples=-1,  # until `suggest` says that it is finished
@@ -238,6 +238,13 @@ def _outcome(job: dict[str, Any]) -> dict[str, Any]:
 
 def _failed(error: str, again: bool) -> dict[str, Any]:
     return {"value": None, "trained_rows": 0, "seconds": 0.0, "error": error, "again": again}
+
+
+def _resources(cfg: TrainConfig) -> dict[str, float]:
+    """Of a trial's driver; without workers it is the driver that computes."""
+    alone = cfg.num_workers == 0
+    here = {"cpu": cfg.threads_per_worker, "gpu": int(cfg.use_gpu)} if alone else {"cpu": 0}
+    return {**here, "memory": _DRIVER_BYTES}
 
 
 def _concurrent(cfg: SweepConfig) -> int:

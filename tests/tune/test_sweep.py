@@ -49,7 +49,9 @@ def test_a_sweep_is_killed_goes_on_and_its_best_can_be_trained(tmp_path: Path) -
     prepared.make(tmp_path / "data")
     (tmp_path / "space.yaml").write_text(SPACE)
     command = [sys.executable, "-m", "jobs.tune", *arguments(tmp_path), "--json", str(tmp_path / "all.json")]
-    killed = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    killed = subprocess.Popen(
+        [*command, "num_workers=1"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 200
     while not (files := list((tmp_path / "out").glob("sweep-*/trials.jsonl"))) or '"result"' not in read(
         files[0]
@@ -61,7 +63,8 @@ def test_a_sweep_is_killed_goes_on_and_its_best_can_be_trained(tmp_path: Path) -
     before = Ledger(files[0]).results
     assert 0 < len(before) < 5
 
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    alone = [*command, "num_workers=0"]  # the same sweep, whose trials' drivers train
+    done = subprocess.run(alone, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     book, found = Ledger(files[0]), json.loads((tmp_path / "all.json").read_text())
     assert before.items() <= book.results.items(), "what was done is not done again"
@@ -89,7 +92,7 @@ def test_a_sweep_is_killed_goes_on_and_its_best_can_be_trained(tmp_path: Path) -
     assert parents == [(parent,)] * 3 and len(ended) == 4 and "RUNNING" not in ended.values()
 
     began = time.perf_counter()
-    subprocess.run(command, cwd=ROOT, capture_output=True, timeout=100, check=True)
+    subprocess.run(alone, cwd=ROOT, capture_output=True, timeout=100, check=True)
     assert time.perf_counter() - began < 60, "a finished sweep starts no cluster"
 
 
@@ -110,6 +113,16 @@ def test_as_many_trials_at_a_time_as_fit(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert at_a_time({"CPU": 2.0}, "num_workers=4") == 1
     assert at_a_time({"CPU": 64.0, "GPU": 4.0}, "num_workers=2", "use_gpu=true") == 2
     assert at_a_time({"CPU": 16.0}, "--concurrent", "3") == 3
+    assert at_a_time({"CPU": 16.0}, "num_workers=0", "threads_per_worker=2") == 8
+
+
+def test_a_trial_without_workers_has_what_it_computes_with(tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text(SPACE)
+    alone = ["num_workers=0", "threads_per_worker=2", "use_gpu=true"]
+    for more, expected in (["num_workers=2"], (0, None)), (alone, (2, 1)):
+        cfg, _ = job.parse([*arguments(tmp_path), *more])
+        found = running._resources(cfg.train)
+        assert (found["cpu"], found.get("gpu")) == expected
 
 
 def test_a_cluster_that_is_too_small_ends_a_sweep_before_any_trial(

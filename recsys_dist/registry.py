@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import mlflow.artifacts
 from mlflow.entities import Metric, Param
@@ -327,11 +327,15 @@ class Registry:
 
     def _download(self, location: str, folder: Path, bundle: str) -> Path:
         """The bundle at `location`, verified."""
-        fetched = Path(
-            mlflow.artifacts.download_artifacts(
-                artifact_uri=location, dst_path=str(folder), tracking_uri=self.cfg.uri
-            )
-        )
+        asked: dict[str, Any] = {"artifact_uri": location, "tracking_uri": self.cfg.uri}
+        try:
+            fetched = Path(mlflow.artifacts.download_artifacts(dst_path=str(folder), **asked))
+        except TROUBLE:
+            if mlflow.artifacts.list_artifacts(**asked):
+                raise
+            raise BundleError(
+                f"all files of bundle {bundle} are gone from the registry; publish it anew"
+            ) from None
         found = manifest.verify(fetched).version
         if found != bundle:
             raise BundleError(f"the registry gives bundle {found} for {bundle}; publish it anew")

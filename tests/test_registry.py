@@ -180,6 +180,19 @@ def test_what_is_no_longer_whole_in_the_registry_is_uploaded_anew(
     assert registry.rollback().bundle == fair.name
 
 
+def test_a_champion_whose_files_are_all_gone_is_no_dead_registry(
+    registry: Registry, variants: list[Path], tmp_path: Path
+) -> None:
+    """Which would be asked again for ever, and the former champion be taken for this one."""
+    registry.publish(variants[0])
+    registry.resolve(CHAMPION, tmp_path / "cache")
+    registry.publish(variants[1])
+    source = registry._client.get_model_version_by_alias("recsys_dist", CHAMPION).source
+    shutil.rmtree(local_file_uri_to_path(source))
+    with pytest.raises(BundleError, match=f"all files of bundle {variants[1].name} are gone"):
+        registry.resolve(CHAMPION, tmp_path / "cache")
+
+
 def test_other_golden_answers_are_uploaded_and_fetched_anew(
     registry: Registry, variants: list[Path], tmp_path: Path
 ) -> None:
@@ -288,6 +301,10 @@ def test_a_server_takes_bundles_and_gives_them_back(
     assert Bundle.open(registry.resolve(CHAMPION, tmp_path / "cache")).manifest.version == variants[1].name
     assert registry.rollback().bundle == variants[0].name
     assert [entry.number for entry in registry.entries()] == ["2", "1"]
+    for stored in list((tmp_path / "artifacts").rglob("manifest.json")):
+        shutil.rmtree(stored.parent)
+    with pytest.raises(BundleError, match="are gone from the registry"):
+        registry.resolve(CHAMPION, tmp_path / "other cache")
     started.kill()
     with pytest.raises(RegistryError, match=r"failed: .*(refused|reset)"):
         registry.current()

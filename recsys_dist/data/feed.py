@@ -79,21 +79,23 @@ class _Paced(ExecutionCallback):
 def _stream(pieces: Sequence[Piece]) -> Generator[pa.Table, None, None]:
     if not pieces:
         return
-    context = ray.data.DataContext.get_current()
+    context = ray.data.DataContext.get_current().copy()  # others may use this process too
     context.enable_progress_bars = False
     context.custom_execution_callback_classes = [_Paced]
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=AHEAD_BYTES)
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logger = logging.getLogger("ray.data")
+    logger.setLevel(max(logger.level, logging.WARNING))
     items: list[Any] = [asdict(piece) for piece in pieces]
-    blocks = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        _read,
-        batch_size=1,
-        batch_format="pyarrow",
-        zero_copy_batch=True,
-        compute=TaskPoolStrategy(size=1),
-        num_cpus=0,  # workers hold all CPUs of a small cluster; a reader that waits for one would hang them
-    )
+    with ray.data.DataContext.current(context):
+        blocks = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            _read,
+            batch_size=1,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            compute=TaskPoolStrategy(size=1),
+            num_cpus=0,  # workers hold all CPUs of a small cluster; a reader that waits would hang them
+        )
     yield from blocks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
 

@@ -6,9 +6,11 @@ B rows, b of them, S sampled negatives shared by all rows, D dimension of their 
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 _CACHED_LOGITS = 1 << 17  # at once, on a CPU: half a MiB
+_FEWEST_ROWS = 32  # at once, however many items: fewer make poor matrix products
 
 
 def binary_cross_entropy(logit_B: torch.Tensor, label_B: torch.Tensor) -> torch.Tensor:
@@ -64,7 +66,8 @@ class _LogPartition(torch.autograd.Function):
         floor = torch.finfo(user_BD.dtype).min / 4
         exp_BS, mean_BD = user_BD.new_empty(out_BS.shape), torch.empty_like(user_BD)
         top_B, sum_B = user_BD.new_empty(len(user_BD)), user_BD.new_empty(len(user_BD))
-        rows = len(user_BD) if user_BD.is_cuda else max(1, _CACHED_LOGITS // len(item_SD))
+        cached = len(user_BD) if user_BD.is_cuda else _CACHED_LOGITS // max(1, len(item_SD))
+        rows = max(_FEWEST_ROWS, cached)
         for b in (slice(start, start + rows) for start in range(0, len(user_BD), rows)):
             block_bS = torch.addmm(log_q_S, user_BD[b], item_SD.T, beta=-1, out=exp_BS[b])
             block_bS.masked_fill_(out_BS[b], floor)
@@ -77,6 +80,7 @@ class _LogPartition(torch.autograd.Function):
         return top_B + sum_B.log()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *of_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         user_BD, exp_BS, sum_B, mean_BD = ctx.saved_tensors
         g_B = of_total[0]

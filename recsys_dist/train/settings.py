@@ -89,7 +89,8 @@ class TrainConfig(Config):
     num_workers: Annotated[int, Field(ge=0)] | tuple[Count, Count] = Field(
         1,
         description="how many; or [fewest, most]: as many as the cluster has room for, fewer after a lost "
-        "node, more when one joins; 0 trains in the process that asks for it, as a debugger likes it",
+        "node, more when one joins; 0 trains in the process that asks for it, as a debugger likes it, and "
+        "restarts nothing",
     )
     elastic_batch: Literal["global", "per_worker"] = Field(
         "global",

@@ -39,7 +39,7 @@ from recsys_dist.train.plan import Plan, plan
 from recsys_dist.train.pretrained import RESULT
 from recsys_dist.train.progress import PROGRESS, Place, read
 from recsys_dist.train.settings import TrainConfig
-from recsys_dist.train.worker import FAILURE, LESS_MEMORY, RESERVE, train_worker
+from recsys_dist.train.worker import FAILURE, LESS_MEMORY, RESERVE, backend, train_worker
 
 log = logging.getLogger(__name__)
 OnReport = Callable[[dict[str, Any]], None]
@@ -217,8 +217,7 @@ def _train(cfg: TrainConfig, run: Path) -> None:
             use_gpu=cfg.use_gpu,
             resources_per_worker={"CPU": cfg.threads_per_worker, **({"GPU": 1} if cfg.use_gpu else {})},
         ),
-        # what the workers agree on is on the host and goes over gloo, so it never waits for a GPU
-        torch_config=TorchConfig("cpu:gloo,cuda:nccl" if cfg.use_gpu else "gloo", timeout_s=cfg.timeout_s),
+        torch_config=TorchConfig(backend(cfg), timeout_s=cfg.timeout_s),
         run_config=RunConfig(
             name=uuid.uuid4().hex[:8],  # a fresh one: a broken snapshot of Ray's must not stop a run
             storage_path=str(scratch),

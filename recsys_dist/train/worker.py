@@ -14,7 +14,14 @@ import torch.distributed as dist
 
 from recsys_dist import cpu
 from recsys_dist.data.output import write_text
-from recsys_dist.errors import CheckpointError, NonFiniteLossError, RecsysError, SupersededError, TrainError
+from recsys_dist.errors import (
+    CheckpointError,
+    ConfigError,
+    NonFiniteLossError,
+    RecsysError,
+    SupersededError,
+    TrainError,
+)
 from recsys_dist.train.checkpoint import of_epoch
 from recsys_dist.train.fence import Fence, is_of
 from recsys_dist.train.phase import Common, Phase, best_epoch, finish
@@ -34,11 +41,14 @@ def train_worker(values: dict[str, Any]) -> None:
     cfg, run = TrainConfig.parse(values["config"]), Path(values["run"])
     if (run / FAILURE).exists():
         return  # Ray Train started the workers again; this is not a failure that trying again mends
+    threads = torch.get_num_threads()
     cpu.configure(cfg.threads_per_worker)
     alone = not dist.is_initialized()  # with num_workers=0, which has no group
-    if alone:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
+        if cfg.use_gpu and not torch.cuda.is_available():
+            raise ConfigError("use_gpu=true, and a process that should train sees no GPU: leave it out here")
+        if alone:
+            dist.init_process_group(backend(cfg), store=dist.HashStore(), rank=0, world_size=1)
         device = ray.train.torch.get_device() if cfg.use_gpu else torch.device("cpu")
         all_phases(Common(cfg, run, Fence(run, cfg.checkpoints, values["start"]), device))
     except SupersededError:
@@ -47,6 +57,8 @@ def train_worker(values: dict[str, Any]) -> None:
         if _out_of_memory(error):  # and would be again
             lacking = TrainError(f"a worker has not enough memory: {error}; {LESS_MEMORY}")
             write_failure(run, lacking, values["start"])
+            if alone:
+                raise lacking from error
         raise
     except RecsysError as error:
         write_failure(run, error, values["start"])
@@ -54,8 +66,14 @@ def train_worker(values: dict[str, Any]) -> None:
             raise  # the other workers may not know, and wait
         # These are raised on all workers alike: all end here, and Ray Train starts none of them again.
     finally:
-        if alone:
+        if alone and dist.is_initialized():
             dist.destroy_process_group()
+            torch.set_num_threads(threads)
+
+
+def backend(cfg: TrainConfig) -> str:
+    """What the workers agree on is on the host and goes over gloo, so it never waits for a GPU."""
+    return "cpu:gloo,cuda:nccl" if cfg.use_gpu else "gloo"
 
 
 def write_failure(run: Path, error: RecsysError, start: str) -> None:

@@ -209,6 +209,8 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
         outcome = _outcome(job)
     except RecsysError as error:  # of the cluster, the machine or a store: the next start may find it mended
         outcome = _failed(str(error), again=True)
+    except Exception as error:  # a model's own, where there are no workers to raise it
+        outcome = _failed(f"{type(error).__name__}: {error}", again=True)
     return {"outcome": json.dumps(outcome)}
 
 

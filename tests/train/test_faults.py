@@ -204,7 +204,7 @@ def test_training_that_diverges_goes_back_and_on_with_half_the_rates(data, tmp_p
     model = {"name": "tests.train.diverging:Model", "shards": prepared.SPLITS["train"]}
     optimizer, lines = {"dense": {"lr": 0.045}}, []
     cfg = config(data, model=model, optimizer=optimizer, refit=False, checkpoint_every_s=None)
-    result = trainer.fit(cfg.override(["max_rollbacks=1", "num_workers=0"]), tmp_path, on_report=lines.append)
+    result = trainer.fit(cfg.override(["max_rollbacks=1"]), tmp_path, on_report=lines.append)
     newest = latest_valid(result.run / "choose")
     assert newest.manifest.rollbacks == 1
     assert weights(newest.path)["bias"] == pytest.approx(14 * 0.045 + 14 * 0.045 / 2, rel=1e-4)

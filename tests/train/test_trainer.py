@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
+import torch
 import torch.distributed as dist
 from ray.exceptions import RayError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
@@ -17,9 +19,9 @@ from tqdm import tqdm
 from recsys_dist.config import load_yaml
 from recsys_dist.data.collate import collate
 from recsys_dist.data.prepared import Prepared
-from recsys_dist.errors import ConfigError, DataError, NonFiniteLossError
+from recsys_dist.errors import ConfigError, DataError, NonFiniteLossError, TrainError
 from recsys_dist.metrics import RankingState
-from recsys_dist.train import trainer
+from recsys_dist.train import trainer, worker
 from recsys_dist.train.checkpoint import MANIFEST, load_for_inference
 from recsys_dist.train.fence import take_over
 from recsys_dist.train.pretrained import RESULT
@@ -27,6 +29,7 @@ from recsys_dist.train.sampling import PARTS
 from recsys_dist.train.settings import TrainConfig
 from recsys_dist.train.telemetry import TRACE
 from recsys_dist.train.validate import user_keys
+from recsys_dist.train.worker import train_worker
 from tests.train import prepared
 from tests.train.runs import assert_calibrated, assert_same, config, weights
 
@@ -93,13 +96,38 @@ def test_a_recall_model_is_validated_over_the_whole_catalogue_and_refitted(data,
 @pytest.mark.ray
 @pytest.mark.e2e
 def test_without_workers_it_is_the_run_of_one(data, tmp_path):
-    cfg = config(data, epochs=1, refit=False)
+    cfg, threads = config(data, epochs=1, refit=False), torch.get_num_threads()
     here, one = (trainer.fit(cfg.override([f"num_workers={n}"]), tmp_path / str(n)) for n in (0, 1))
     assert_same(here.checkpoint, one.checkpoint)
     assert not dist.is_initialized(), "the next one starts as this one did"
+    assert torch.get_num_threads() == threads and "_Paced" not in str(ray.data.DataContext.get_current())
     bad = prepared.make(tmp_path / "bad", bad_row=7)
     with pytest.raises(NonFiniteLossError, match=r"1 of its \d+ rows: shard 1 row 7"):
         trainer.fit(config(bad, num_workers=0), tmp_path / "out")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_process_without_a_gpu_does_not_train_on_its_cpu_instead(data, tmp_path):
+    cfg = config(data, num_workers=0, use_gpu=True)
+    with pytest.raises(ConfigError, match="sees no GPU"):
+        train_worker(
+            {"config": cfg.model_dump(mode="json"), "run": str(tmp_path), "start": take_over(tmp_path, None)}
+        )
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("error", [MemoryError("of 9 GiB"), RuntimeError("can't allocate memory: 9 GiB")])
+def test_memory_that_is_not_there_is_one_line_without_workers_too(data, tmp_path, monkeypatch, error):
+    def lacking(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(worker, "all_phases", lacking)
+    monkeypatch.setattr(worker, "Common", lambda *_: None)
+    cfg = config(data, num_workers=0)
+    with pytest.raises(TrainError, match=r"not enough memory: .*9 GiB; lower batch_rows"):
+        train_worker(
+            {"config": cfg.model_dump(mode="json"), "run": str(tmp_path), "start": take_over(tmp_path, None)}
+        )
 
 
 @pytest.mark.usefixtures("cluster")
@@ -108,14 +136,7 @@ def test_without_workers_it_is_the_run_of_one(data, tmp_path):
 def test_occurrences_are_counted_for_training_alone(data, tmp_path):
     """An id is pulled by λ / n in each of the 14 steps that have it: to nothing; by less without counts."""
     model = {"name": "din", "embedding_dim": 8, "hidden": [16], "regularisation": 40.0, "embedding_std": 1.0}
-    cfg = config(
-        data,
-        model=model,
-        optimizer={"deep": {"rule": "sgd", "lr": 0.5}},
-        epochs=1,
-        refit=False,
-        num_workers=0,
-    )
+    cfg = config(data, model=model, optimizer={"deep": {"rule": "sgd", "lr": 0.5}}, epochs=1, refit=False)
     table = weights(trainer.fit(cfg, tmp_path).checkpoint)["behaviours.tables.embedding_bags.item.weight"]
     assert 0 < np.abs(table[1:]).max() < 0.1
 

@@ -203,7 +203,7 @@ class TrainConfig(Config):
     @property
     def workers_in_words(self) -> str:
         if self.num_workers == 0:
-            return "no other process"
+            return "no workers"
         if self.fewest_workers < self.most_workers:
             return f"{self.fewest_workers} to {self.most_workers} workers"
         return f"{self.most_workers} worker{'s' if self.most_workers > 1 else ''}"

@@ -10,6 +10,7 @@ import shutil
 import sys
 import threading
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,6 +192,7 @@ def _train(cfg: TrainConfig, run: Path) -> None:
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     if cfg.num_workers == 0:
         pipeline.quiet()  # it reads its data here
+        warnings.filterwarnings("ignore", "Please use DTensor", FutureWarning)  # torch's to TorchRec
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # notices a lost worker sooner
     if not os.environ.get("RAY_ADDRESS"):  # it is a process more to start, and tells of machines taken away
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")

@@ -202,14 +202,12 @@ class Model(nn.Module):
     ) -> torch.Tensor:
         """[V] loss of each position."""
         hit_VS = next_V[:, None] == other_S[None, :]
-        if self.cfg.loss == "sampled_softmax":
-            log_q = self.log_q_I[next_V], self.log_q_I[other_S]
-            return sampled_softmax(hidden_VD, next_VD, other_SD, *log_q, hit_VS)
-        if self.cfg.loss == "softmax":  # over all items: of each q is 1, of which the next one is one
-            one_V, one_S = hidden_VD.new_zeros(len(next_V)), hidden_VD.new_zeros(len(other_S))
-            return sampled_softmax(hidden_VD, next_VD, other_SD, one_V, one_S, hit_VS)
-        next_score_V = (hidden_VD * next_VD).sum(dim=1)
-        return gbce(next_score_V, hidden_VD @ other_SD.T, hit_VS, self.beta)
+        if self.cfg.loss == "gbce":
+            next_score_V = (hidden_VD * next_VD).sum(dim=1)
+            return gbce(next_score_V, hidden_VD @ other_SD.T, hit_VS, self.beta)
+        # "softmax" has all items, none of them drawn
+        log_q_I = self.log_q_I if self.cfg.loss == "sampled_softmax" else torch.zeros_like(self.log_q_I)
+        return sampled_softmax(hidden_VD, next_VD, other_SD, log_q_I[next_V], log_q_I[other_S], hit_VS)
 
 
 def _groups(lengths: torch.Tensor) -> list[_Group]:

@@ -66,9 +66,10 @@ def train_worker(values: dict[str, Any]) -> None:
             raise  # the other workers may not know, and wait
         # These are raised on all workers alike: all end here, and Ray Train starts none of them again.
     finally:
-        if alone and dist.is_initialized():
-            dist.destroy_process_group()
+        if alone:
             torch.set_num_threads(threads)
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 def backend(cfg: TrainConfig) -> str:

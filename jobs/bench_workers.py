@@ -27,10 +27,11 @@ from recsys_dist.config import rng_for
 from recsys_dist.data.collate import collate, columns
 from recsys_dist.data.feed import Feed
 from recsys_dist.data.order import deal, evenly, shuffled, stored
+from recsys_dist.feature_kinds import Sequence
 from recsys_dist.models.layers import MLP
 from recsys_dist.models.protocol import model_module
 from recsys_dist.models.ranking import TowerConfig
-from recsys_dist.schema import Schema, Sequence
+from recsys_dist.schema import Schema
 from recsys_dist.train.loop import Epoch, Loss, Totals, Workers, idle_batch
 from recsys_dist.train.optim import OptimizerConfig
 from recsys_dist.train.placement import ShardingConfig

@@ -13,7 +13,8 @@ import numpy as np
 import scipy.sparse as sp
 
 from recsys_dist.errors import DataError
-from recsys_dist.schema import Categorical, Schema
+from recsys_dist.feature_kinds import Categorical
+from recsys_dist.schema import Schema
 
 
 @dataclass(frozen=True)

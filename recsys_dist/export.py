@@ -25,10 +25,11 @@ from recsys_dist.data.logs import LogSpec
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.data.recent import recent, shown
 from recsys_dist.errors import BundleError
+from recsys_dist.feature_kinds import Statistic, side
 from recsys_dist.index import IndexConfig
 from recsys_dist.manifest import DataSpan, IndexFacts
 from recsys_dist.models.protocol import Task, model_module, model_schema
-from recsys_dist.schema import Schema, Statistic, side
+from recsys_dist.schema import Schema
 from recsys_dist.serve.golden import ask, replay
 from recsys_dist.train import checkpoint
 

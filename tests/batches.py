@@ -5,18 +5,9 @@ import torch
 from torchrec import KeyedJaggedTensor
 
 from recsys_dist.batch import Batch
+from recsys_dist.feature_kinds import Categorical, Cross, ListFeature, Numeric, Sequence, Sessions, Time
 from recsys_dist.models.protocol import Catalogue
-from recsys_dist.schema import (
-    Categorical,
-    Cross,
-    Label,
-    ListFeature,
-    Numeric,
-    Schema,
-    Sequence,
-    Sessions,
-    Time,
-)
+from recsys_dist.schema import Label, Schema
 
 ROWS = {"user": 30, "item": 40, "author": 12, "hour": 25, "user_x_author": 64}
 

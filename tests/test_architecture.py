@@ -38,6 +38,7 @@ NEITHER_RAY_NOR_MLFLOW = (
     "recsys_dist.batch",
     "recsys_dist.metrics",
     "recsys_dist.schema",
+    "recsys_dist.feature_kinds",
     "recsys_dist.config",
     "recsys_dist.outbox",
     "recsys_dist.train.loop",

@@ -4,7 +4,8 @@ import pytest
 from torch import nn
 
 from recsys_dist.errors import ConfigError
-from recsys_dist.schema import _NOT_TABLES, Categorical, Schema, Sequence, side
+from recsys_dist.feature_kinds import Categorical, Sequence, side
+from recsys_dist.schema import _NOT_TABLES, Schema
 
 VALUES: dict[str, Any] = {
     "features": [

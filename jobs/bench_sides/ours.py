@@ -15,8 +15,9 @@ from recsys_dist import cpu
 from recsys_dist.batch import Batch
 from recsys_dist.config import rng_for
 from recsys_dist.data.collate import collate
+from recsys_dist.feature_kinds import Categorical, Numeric, Sequence, Sessions
 from recsys_dist.models.protocol import Catalogue, model_module, model_names
-from recsys_dist.schema import Categorical, Label, Numeric, Schema, Sequence, Sessions
+from recsys_dist.schema import Label, Schema
 from recsys_dist.train.loop import Epoch, Loss, Workers, idle_batch
 from recsys_dist.train.optim import OptimizerConfig
 from recsys_dist.train.placement import ShardingConfig

@@ -8,7 +8,8 @@ from torchrec import KeyedJaggedTensor
 
 from recsys_dist.batch import Batch
 from recsys_dist.errors import DataError
-from recsys_dist.schema import ListFeature, Schema
+from recsys_dist.feature_kinds import ListFeature
+from recsys_dist.schema import Schema
 
 
 def columns(schema: Schema) -> list[str]:

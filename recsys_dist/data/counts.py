@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 
 from recsys_dist.data import transforms
 from recsys_dist.data.split import Split
-from recsys_dist.schema import Bucketed, Categorical, Numeric, Schema, Statistic, column_of, side
+from recsys_dist.feature_kinds import Bucketed, Categorical, Numeric, Statistic, column_of, side
+from recsys_dist.schema import Schema
 
 HISTORY, TRAIN, VALID, LATE_HISTORY, TEST = "history", "train", "valid", "late history", "test"
 FITTED_ON = (HISTORY, TRAIN)

@@ -20,18 +20,18 @@ from recsys_dist.data.entities import Entities
 from recsys_dist.data.output import write_parquet, write_text
 from recsys_dist.data.transforms import Scale
 from recsys_dist.data.vocab import Admission, Vocabulary
-from recsys_dist.schema import (
+from recsys_dist.feature_kinds import (
     Bucketed,
     Categorical,
     Cross,
     Numeric,
-    Schema,
     Sequence,
     Sessions,
     Statistic,
     Time,
     side,
 )
+from recsys_dist.schema import Schema
 
 NO_DAY = 1 << 40  # later than any day, and small enough that key * NO_DAY + day fits int64
 

@@ -17,7 +17,7 @@ from recsys_dist.data.encoders import Encoders, statistic
 from recsys_dist.data.entities import Entities
 from recsys_dist.data.histories import Timeline, chunk_ends
 from recsys_dist.data.split import SPLITS, Split
-from recsys_dist.schema import (
+from recsys_dist.feature_kinds import (
     Bucketed,
     Categorical,
     Cross,

@@ -27,7 +27,8 @@ from recsys_dist.data.columns import (
     texts,
 )
 from recsys_dist.errors import SourceError
-from recsys_dist.schema import Bucketed, Categorical, Label, Numeric, Schema, Statistic, side
+from recsys_dist.feature_kinds import Bucketed, Categorical, Numeric, Statistic, side
+from recsys_dist.schema import Label, Schema
 
 INSTANT = pa.timestamp("us", "UTC")
 DUPLICATE = "duplicate"

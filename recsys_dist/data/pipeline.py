@@ -38,7 +38,8 @@ from recsys_dist.data.sources.protocol import Source, SourceConfig, open_source,
 from recsys_dist.data.split import SPLITS, Split, check_split, choose_split, choose_valid
 from recsys_dist.data.vocab import Admission
 from recsys_dist.errors import ConfigError, DataError, QuarantineError, RecsysError, SourceError
-from recsys_dist.schema import Bucketed, Categorical, Cross, Numeric, Schema, side
+from recsys_dist.feature_kinds import Bucketed, Categorical, Cross, Numeric, side
+from recsys_dist.schema import Schema
 
 FORMAT = 2  # of the prepared files; raise it when they change, so that old ones are made anew
 EVENTS = "events.json"  # written when events/ is complete

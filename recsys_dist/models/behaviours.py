@@ -19,11 +19,12 @@ from torchrec import KeyedJaggedTensor
 from recsys_dist.batch import Batch
 from recsys_dist.config import nearest
 from recsys_dist.errors import ConfigError
+from recsys_dist.feature_kinds import Sequence
 from recsys_dist.models.layers import MLP, Activation, WorkerMax, embedding_tables, normal
 from recsys_dist.models.protocol import Catalogue
 from recsys_dist.models.ranking import Fields, Ranker, TowerConfig, embedded
 from recsys_dist.models.regularisation import BatchAwareL2, pulled
-from recsys_dist.schema import Schema, Sequence
+from recsys_dist.schema import Schema
 
 Bags = tuple[torch.Tensor, torch.Tensor]  # ids, and how many each bag has
 _NEGATIVE = "not "

@@ -22,12 +22,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from recsys_dist.batch import Batch
 from recsys_dist.errors import ConfigError
+from recsys_dist.feature_kinds import Sequence, Sessions
 from recsys_dist.models.behaviours import Behaviours, History, HistoryConfig, Segments, history_groups
 from recsys_dist.models.layers import MLP
 from recsys_dist.models.protocol import Catalogue
 from recsys_dist.models.ranking import Ranker
 from recsys_dist.models.recurrence import Packing
-from recsys_dist.schema import Schema, Sequence, Sessions
+from recsys_dist.schema import Schema
 
 
 class Config(HistoryConfig):

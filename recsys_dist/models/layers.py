@@ -13,7 +13,8 @@ from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedTensor, PoolingType
 
 from recsys_dist.errors import ConfigError
-from recsys_dist.schema import IdFeature, Schema, SingleId
+from recsys_dist.feature_kinds import IdFeature, SingleId
+from recsys_dist.schema import Schema
 
 DIM_UNIT = 4  # FBGEMM's sharded kernels ask for table dimensions that are multiples of it
 

@@ -14,9 +14,10 @@ from torch import nn
 
 from recsys_dist.batch import Batch
 from recsys_dist.errors import ConfigError
+from recsys_dist.feature_kinds import Sequence
 from recsys_dist.models.protocol import Catalogue
 from recsys_dist.models.ranking import EmbeddingConfig, Fields, RankConfig, Ranker
-from recsys_dist.schema import Schema, Sequence
+from recsys_dist.schema import Schema
 
 
 class Config(RankConfig):

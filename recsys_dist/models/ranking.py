@@ -15,6 +15,7 @@ from torchrec import EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
 from recsys_dist.batch import Batch
 from recsys_dist.config import Config, nearest
 from recsys_dist.errors import ConfigError
+from recsys_dist.feature_kinds import IdFeature, SingleId
 from recsys_dist.models import losses
 from recsys_dist.models.calibration import Calibration
 from recsys_dist.models.layers import (
@@ -28,7 +29,7 @@ from recsys_dist.models.layers import (
     table_rows,
 )
 from recsys_dist.models.protocol import ModelConfig, Task
-from recsys_dist.schema import IdFeature, Schema, SingleId
+from recsys_dist.schema import Schema
 
 # A linear weight is the mean of as many columns, which start equal, get equal gradients and so stay equal;
 # Adagrad does not see that each gradient is a quarter: exactly the scalar weight that it stands for. (SGD

@@ -20,8 +20,9 @@ from torchrec import (
 
 from recsys_dist.config import rng_for
 from recsys_dist.errors import ConfigError
+from recsys_dist.feature_kinds import AnyFeature, Categorical, Cross, Sessions, Statistic
 from recsys_dist.models.layers import normal, table_rows
-from recsys_dist.schema import AnyFeature, Categorical, Cross, Schema, Sessions, Statistic
+from recsys_dist.schema import Schema
 
 LOOKUP_ROWS = 65_536  # a whole table is looked up in blocks: the all-to-all's buffers stay bounded
 

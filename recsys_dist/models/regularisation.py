@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from recsys_dist.batch import Batch
+from recsys_dist.feature_kinds import IdFeature, Sequence
 from recsys_dist.models.layers import WorkerSum, table_rows
-from recsys_dist.schema import IdFeature, Schema, Sequence
+from recsys_dist.schema import Schema
 
 
 class BatchAwareL2(nn.Module):

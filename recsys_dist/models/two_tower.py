@@ -30,11 +30,12 @@ from torchrec import KeyedJaggedTensor
 from recsys_dist.batch import Batch
 from recsys_dist.config import Seed
 from recsys_dist.errors import ConfigError
+from recsys_dist.feature_kinds import AnyFeature, Cross, DenseFeature, IdFeature, Sequence, Statistic
 from recsys_dist.models.layers import DIM_UNIT, MLP, RowActivation, Widths, embedding_tables, normal, pooled
 from recsys_dist.models.losses import sampled_softmax
 from recsys_dist.models.protocol import Catalogue, ModelConfig, Task
 from recsys_dist.models.recall import LOOKUP_ROWS, GlobalRows, Negatives, listed, of_user, one_id
-from recsys_dist.schema import AnyFeature, Cross, DenseFeature, IdFeature, Schema, Sequence, Statistic
+from recsys_dist.schema import Schema
 
 
 class Config(ModelConfig):

@@ -20,9 +20,10 @@ from torchrec import JaggedTensor
 
 from recsys_dist.batch import Batch
 from recsys_dist.errors import ConfigError
+from recsys_dist.feature_kinds import SingleId
 from recsys_dist.models.protocol import Catalogue, Parts
 from recsys_dist.models.ranking import WIDE, WIDE_DIM, Fields, Ranker, TowerConfig, embedded
-from recsys_dist.schema import Schema, SingleId
+from recsys_dist.schema import Schema
 
 
 class Config(TowerConfig):

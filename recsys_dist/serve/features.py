@@ -18,7 +18,8 @@ from recsys_dist.bundle import Bundle, Served
 from recsys_dist.data import transforms
 from recsys_dist.data.examples import STATE, World, features, sort_events
 from recsys_dist.data.logs import LogSpec
-from recsys_dist.schema import Schema, Sequence
+from recsys_dist.feature_kinds import Sequence
+from recsys_dist.schema import Schema
 
 _BLOCK_ROWS = 16_384
 REQUEST = "_request"  # which request a row asks for

@@ -8,9 +8,10 @@ import torch
 from recsys_dist.batch import Batch
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import DataError
+from recsys_dist.feature_kinds import IdFeature, Statistic
 from recsys_dist.models.layers import table_rows
 from recsys_dist.models.protocol import Catalogue
-from recsys_dist.schema import IdFeature, Schema, Statistic
+from recsys_dist.schema import Schema
 
 
 def catalogue_of(prepared: Prepared, schema: Schema, splits: Iterable[str]) -> Catalogue:

@@ -20,9 +20,10 @@ from recsys_dist.config import load_yaml
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.data.vocab import UNKNOWN
 from recsys_dist.errors import ConfigError, DataError
+from recsys_dist.feature_kinds import Cross, IdFeature
 from recsys_dist.models.protocol import model_module, model_schema
 from recsys_dist.models.ranking import WIDE, Fields
-from recsys_dist.schema import Cross, IdFeature, Schema
+from recsys_dist.schema import Schema
 from recsys_dist.train import checkpoint as checkpoints
 from recsys_dist.train.checkpoint import Chain
 from recsys_dist.train.loop import Loss

@@ -6,18 +6,17 @@ import numpy as np
 import pyarrow as pa
 
 from recsys_dist.config import rng_for
-from recsys_dist.schema import (
+from recsys_dist.feature_kinds import (
     Bucketed,
     Categorical,
     Cross,
-    Label,
     Numeric,
-    Schema,
     Sequence,
     Sessions,
     Statistic,
     Time,
 )
+from recsys_dist.schema import Label, Schema
 
 FIRST_DAY = dt.date(2024, 3, 1)
 

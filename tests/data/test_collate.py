@@ -10,7 +10,8 @@ import pytest
 from recsys_dist.batch import Batch
 from recsys_dist.data.collate import collate, columns
 from recsys_dist.errors import DataError
-from recsys_dist.schema import Categorical, Label, Numeric, Schema, Sequence
+from recsys_dist.feature_kinds import Categorical, Numeric, Sequence
+from recsys_dist.schema import Label, Schema
 
 SCHEMA = Schema(
     features=(

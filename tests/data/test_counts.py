@@ -9,7 +9,8 @@ import pytest
 
 from recsys_dist.data.counts import Counts, counted_columns, is_positive
 from recsys_dist.data.split import Split
-from recsys_dist.schema import Bucketed, Categorical, Label, Numeric, Schema
+from recsys_dist.feature_kinds import Bucketed, Categorical, Numeric
+from recsys_dist.schema import Label, Schema
 from tests.data.small_log import FIRST_DAY, SCHEMA, events
 
 SPLIT = Split(valid_from=FIRST_DAY + dt.timedelta(days=5), test_from=FIRST_DAY + dt.timedelta(days=6))

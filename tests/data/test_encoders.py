@@ -15,7 +15,7 @@ from recsys_dist.data.encoders import Encoders, Statistics, _running, collisions
 from recsys_dist.data.transforms import hash_rows
 from recsys_dist.data.vocab import Admission, Vocabulary
 from recsys_dist.errors import DataError
-from recsys_dist.schema import Categorical
+from recsys_dist.feature_kinds import Categorical
 from tests.data.small_log import SCHEMA, events, items
 from tests.data.test_counts import late_history
 from tests.data.test_examples import FREEZE, SPLIT, world_of

@@ -19,7 +19,8 @@ from recsys_dist.data.counts import Counts
 from recsys_dist.data.entities import Entities
 from recsys_dist.data.examples import World, chunks, examples, features, sort_events, user_states
 from recsys_dist.data.split import SPLITS, Split
-from recsys_dist.schema import Schema, Statistic
+from recsys_dist.feature_kinds import Statistic
+from recsys_dist.schema import Schema
 from tests.data.small_log import FIRST_DAY, SCHEMA, events, items, users
 
 SPLIT = Split(valid_from=FIRST_DAY + dt.timedelta(days=5), test_from=FIRST_DAY + dt.timedelta(days=6))

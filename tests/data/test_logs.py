@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from recsys_dist.data.logs import Ledger, LogSpec, Validated, duplicates, quarantine, validate
 from recsys_dist.errors import SourceError
-from recsys_dist.schema import Categorical, Label, Numeric, Schema, Sequence, Statistic
+from recsys_dist.feature_kinds import Categorical, Numeric, Sequence, Statistic
+from recsys_dist.schema import Label, Schema
 
 SCHEMA = Schema(
     features=(

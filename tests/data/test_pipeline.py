@@ -29,7 +29,7 @@ from recsys_dist.data.pipeline import PrepareConfig, prepare
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.data.split import Split
 from recsys_dist.errors import ConfigError, DataError, SourceError
-from recsys_dist.schema import Categorical
+from recsys_dist.feature_kinds import Categorical
 from tests.data import small_log
 from tests.data.small_source import Config, Source, write_log
 

@@ -7,8 +7,9 @@ import torch
 from torchrec import KeyedJaggedTensor
 
 from recsys_dist.batch import Batch
+from recsys_dist.feature_kinds import Categorical, Sequence, Sessions
 from recsys_dist.models.behaviours import History, Segments
-from recsys_dist.schema import Categorical, Label, Schema, Sequence, Sessions
+from recsys_dist.schema import Label, Schema
 
 ITEMS = 41
 

@@ -8,8 +8,8 @@ import torch
 
 from recsys_dist.config import rng_for
 from recsys_dist.errors import ConfigError
+from recsys_dist.feature_kinds import Numeric
 from recsys_dist.models.dlrm import Config, Model
-from recsys_dist.schema import Numeric
 from recsys_dist.train.sharding import materialise
 from tests.batches import random_batch, small_schema
 

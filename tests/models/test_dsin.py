@@ -7,8 +7,8 @@ import torch
 from recsys_dist.batch import Batch
 from recsys_dist.config import rng_for
 from recsys_dist.errors import ConfigError
+from recsys_dist.feature_kinds import Sessions
 from recsys_dist.models import dsin
-from recsys_dist.schema import Sessions
 from tests.batches import small_schema
 from tests.models.histories import ITEMS, batch_of, numeric_gradient, random_history
 from tests.models.test_contract import outputs, train

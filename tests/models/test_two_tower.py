@@ -9,10 +9,11 @@ import torch
 from recsys_dist.batch import Batch
 from recsys_dist.config import rng_for
 from recsys_dist.errors import ConfigError
+from recsys_dist.feature_kinds import Statistic
 from recsys_dist.models.losses import sampled_softmax
 from recsys_dist.models.protocol import Catalogue
 from recsys_dist.models.two_tower import Config, Model
-from recsys_dist.schema import Schema, Statistic
+from recsys_dist.schema import Schema
 from recsys_dist.train.sharding import materialise
 from tests.batches import random_batch, small_catalogue, small_schema
 

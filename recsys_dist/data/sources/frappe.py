@@ -17,7 +17,8 @@ from recsys_dist.data.sources.protocol import Part, SourceConfig
 from recsys_dist.data.sources.undated import SPLIT, TEST_US, TRAIN_US, VALID_US
 from recsys_dist.data.split import Split
 from recsys_dist.errors import SourceError
-from recsys_dist.schema import Categorical, Label, Schema
+from recsys_dist.feature_kinds import Categorical
+from recsys_dist.schema import Label, Schema
 
 DAYS = {"frappe.train.libfm": TRAIN_US, "frappe.validation.libfm": VALID_US, "frappe.test.libfm": TEST_US}
 CONTEXT = ["daytime", "weekday", "isweekend", "homework", "cost", "weather", "country", "city"]

@@ -23,7 +23,8 @@ from recsys_dist.data.sources.protocol import Part, SourceConfig
 from recsys_dist.data.sources.undated import SPLIT, TEST_US, TRAIN_US, VALID_US, chunks, places, word_lists
 from recsys_dist.data.split import Split
 from recsys_dist.data.transforms import HOUR_US
-from recsys_dist.schema import Categorical, Label, Schema, Sequence
+from recsys_dist.feature_kinds import Categorical, Sequence
+from recsys_dist.schema import Label, Schema
 
 NOON_US = 12 * HOUR_US
 

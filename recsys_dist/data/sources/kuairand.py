@@ -22,19 +22,18 @@ import pyarrow.compute as pc
 from recsys_dist.data.columns import TimestampUnit
 from recsys_dist.data.sources import files
 from recsys_dist.data.sources.protocol import Part, SourceConfig
-from recsys_dist.schema import (
+from recsys_dist.feature_kinds import (
     AnyFeature,
     Bucketed,
     Categorical,
     Cross,
-    Label,
     Numeric,
-    Schema,
     Sequence,
     Sessions,
     Statistic,
     Time,
 )
+from recsys_dist.schema import Label, Schema
 
 LOG_COLUMNS = {  # file -> canonical
     "user_id": "user_id",

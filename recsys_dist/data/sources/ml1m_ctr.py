@@ -19,7 +19,8 @@ from recsys_dist.data.columns import TimestampUnit
 from recsys_dist.data.sources import files, movielens
 from recsys_dist.data.sources.protocol import Part, SourceConfig
 from recsys_dist.data.split import Split
-from recsys_dist.schema import Label, Schema, Sequence
+from recsys_dist.feature_kinds import Sequence
+from recsys_dist.schema import Label, Schema
 
 FOLDER = "splits/ctr_by_day"
 NAMES = ("train.parquet", "dev.parquet", "test.parquet")

@@ -23,7 +23,8 @@ from recsys_dist.data.sources.undated import SPLIT, TEST_US, VALID_US, chunks, w
 from recsys_dist.data.split import Split
 from recsys_dist.data.transforms import HOUR_US
 from recsys_dist.errors import SourceError
-from recsys_dist.schema import Categorical, Label, Schema, Sequence
+from recsys_dist.feature_kinds import Categorical, Sequence
+from recsys_dist.schema import Label, Schema
 
 FOLDER = "splits/leave_one_out"
 TRAIN, VALID, TEST, REST = "train_input.txt", "val_output.txt", "test_output.txt", "ratings.dat"

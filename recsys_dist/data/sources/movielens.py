@@ -18,17 +18,8 @@ from recsys_dist.data.columns import TimestampUnit, numbers
 from recsys_dist.data.sources import files
 from recsys_dist.data.sources.protocol import Part, SourceConfig
 from recsys_dist.errors import SourceError
-from recsys_dist.schema import (
-    AnyFeature,
-    Bucketed,
-    Categorical,
-    Cross,
-    Label,
-    Schema,
-    Sequence,
-    Statistic,
-    Time,
-)
+from recsys_dist.feature_kinds import AnyFeature, Bucketed, Categorical, Cross, Sequence, Statistic, Time
+from recsys_dist.schema import Label, Schema
 
 COLUMNS = ["user_id", "item_id", "rating", "timestamp"]
 CSV_COLUMNS = ["userId", "movieId", "rating", "timestamp"]

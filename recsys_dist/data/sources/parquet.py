@@ -40,19 +40,17 @@ from recsys_dist.data.logs import MALFORMED
 from recsys_dist.data.sources import files
 from recsys_dist.data.sources.protocol import Part, SourceConfig
 from recsys_dist.errors import ConfigError, SourceError
-from recsys_dist.schema import (
-    RESERVED,
+from recsys_dist.feature_kinds import (
     AnyFeature,
     Bucketed,
     Categorical,
-    Label,
     Numeric,
-    Schema,
     Sequence,
     Statistic,
     Time,
     side,
 )
+from recsys_dist.schema import RESERVED, Label, Schema
 
 PART_BYTES = 256 << 20  # larger Parquet files are read as several parts
 CATEGORIES = 1_000  # an integer attribute with more distinct values is taken as a number

@@ -37,7 +37,8 @@ from recsys_dist.config import rng_for
 from recsys_dist.data.columns import TimestampUnit
 from recsys_dist.data.sources.protocol import CHUNK_ROWS, Part, SourceConfig
 from recsys_dist.errors import SourceError
-from recsys_dist.schema import Categorical, Cross, Label, Numeric, Schema, Sequence, Sessions, Statistic, Time
+from recsys_dist.feature_kinds import Categorical, Cross, Numeric, Sequence, Sessions, Statistic, Time
+from recsys_dist.schema import Label, Schema
 
 DIM = 8  # of tastes and item factors
 BLOCK_EVENTS = 100_000  # generated at a time: about 100 MB while at it

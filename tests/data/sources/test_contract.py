@@ -22,7 +22,8 @@ from recsys_dist.data.sources.protocol import (
 )
 from recsys_dist.data.split import Split
 from recsys_dist.errors import ConfigError, SourceError
-from recsys_dist.schema import Schema, Statistic, side
+from recsys_dist.feature_kinds import Statistic, side
+from recsys_dist.schema import Schema
 from tests.data.sources import published
 
 KUAIRAND_LOG = """user_id,video_id,date,time_ms,is_click,is_like,long_view,play_time_ms,duration_ms,tab

@@ -116,6 +116,21 @@ class Sessions(Feature):
         return self.sessions + 1
 
 
+class Searches(Feature):
+    """Words and pairs of adjacent words of the user's last `max_length` searches strictly before the event.
+
+    `column` is the event's text that its user searched for; the same text in several events on end is one
+    search. Hashed into a table of its own (Covington et al. 2016, §3.3: unigrams and bigrams, averaged).
+    """
+
+    kind: Literal["searches"] = "searches"
+    column: str
+    bigrams: bool = True
+    max_length: int = Field(10, ge=1, description="searches, of however many words")
+    hash_buckets: int = Field(100_000, ge=2)
+    rows: int | None = None
+
+
 class Numeric(Feature):
     """One float per row, standardised by the training days' mean and deviation; missing is the mean.
 
@@ -157,9 +172,10 @@ class Statistic(Feature):
 
 
 SingleId = Categorical | Bucketed | Time | Cross
-IdFeature = SingleId | Sequence
+Bag = Sequence | Searches  # any number of ids per row, looked up in a table
+IdFeature = SingleId | Bag
 DenseFeature = Numeric | Statistic
-ListFeature = Sequence | Sessions  # a list of numbers per row
+ListFeature = Bag | Sessions  # a list of numbers per row, all of the user's past
 AnyFeature = Annotated[IdFeature | Sessions | DenseFeature, Field(discriminator="kind")]
 
 

@@ -9,12 +9,14 @@ from recsys_dist.config import Config, digest, nearest
 from recsys_dist.errors import ConfigError
 from recsys_dist.feature_kinds import (
     AnyFeature,
+    Bag,
     Bucketed,
     Categorical,
     Cross,
     DenseFeature,
     IdFeature,
     ListFeature,
+    Searches,
     Sequence,
     Sessions,
     Side,
@@ -101,13 +103,18 @@ class Schema(Config):
 
     def _check(self, feature: AnyFeature, labels: list[str]) -> None:
         by_name = {f.name: f for f in self.features}
-        where = feature.where if isinstance(feature, ListFeature) else None
+        where = feature.where if isinstance(feature, Sequence | Sessions) else None
         label = feature.label if isinstance(feature, Statistic) else None
         for name in filter(None, (where, label)):
             if name not in labels:
                 raise ValueError(f"feature {feature.name!r}: no label {name!r}{nearest(name, labels)}")
         if isinstance(feature, Statistic):
             self._check_statistic(feature)
+        if isinstance(feature, Searches) and side(feature.column) != "context":
+            raise ValueError(
+                f"searches {feature.name!r}: {feature.column!r} is not a column of the event itself, as the "
+                "text is that its user searched for"
+            )
         if isinstance(feature, Categorical) and feature.column == "item_id" and feature.hash_buckets:
             raise ValueError(
                 f"feature {feature.name!r}: items are recommended by the rows of their own id; leave out "
@@ -154,6 +161,11 @@ class Schema(Config):
     def singles(self) -> tuple[SingleId, ...]:
         """Id features with exactly one id per row."""
         return tuple(f for f in self.features if isinstance(f, SingleId))
+
+    @property
+    def bags(self) -> tuple[Bag, ...]:
+        """Id features with any number of ids per row."""
+        return tuple(f for f in self.features if isinstance(f, Bag))
 
     @property
     def crosses(self) -> tuple[Cross, ...]:
@@ -206,7 +218,7 @@ class Schema(Config):
         match feature:
             case Time():
                 return frozenset({"context"})
-            case Sequence() | Sessions():
+            case Sequence() | Searches() | Sessions():
                 return frozenset({"user"})
             case Cross():
                 return frozenset().union(*(self.sides(self[name]) for name in feature.of))

@@ -5,15 +5,24 @@ import torch
 from torchrec import KeyedJaggedTensor
 
 from recsys_dist.batch import Batch
-from recsys_dist.feature_kinds import Categorical, Cross, ListFeature, Numeric, Sequence, Sessions, Time
+from recsys_dist.feature_kinds import (
+    Categorical,
+    Cross,
+    ListFeature,
+    Numeric,
+    Searches,
+    Sequence,
+    Sessions,
+    Time,
+)
 from recsys_dist.models.protocol import Catalogue
 from recsys_dist.schema import Label, Schema
 
-ROWS = {"user": 30, "item": 40, "author": 12, "hour": 25, "user_x_author": 64}
+ROWS = {"user": 30, "item": 40, "author": 12, "hour": 25, "user_x_author": 64, "searched": 21}
 
 
 def small_schema() -> Schema:
-    """Every kind of input a model can meet: ids of all sides, a cross, two sequences, two floats."""
+    """Every kind of input a model can meet: ids of all sides, a cross, two sequences, words, two floats."""
     schema = Schema(
         features=(
             Categorical(name="user", column="users.household"),
@@ -24,6 +33,7 @@ def small_schema() -> Schema:
             Sequence(name="watched", of="item", where="click", max_length=5),
             Sequence(name="watched_authors", of="author", where="click", max_length=5),
             Sessions(name="watched_sessions", where="click", max_length=5, sessions=3),
+            Searches(name="searched", column="query", max_length=4, hash_buckets=20),
             Numeric(name="age", column="users.age"),
             Numeric(name="duration", column="items.duration"),
         ),
@@ -59,14 +69,12 @@ def random_batch(
     """
     fixed = columns or {}
     values, lengths = [], []
-    events: dict[tuple[str | None, int], np.ndarray] = {
-        (f.where, f.max_length): np.ones(rows, np.int64) for f in schema.lists if f.name in fixed
-    }
+    events = {_told(f): np.ones(rows, np.int64) for f in schema.lists if f.name in fixed}
     for feature in schema.keys:
         assert feature.rows is not None
         length = np.ones(rows, np.int64)
         if isinstance(feature, ListFeature):
-            of = (feature.where, feature.max_length)
+            of = _told(feature)
             if of not in events:
                 events[of] = rng.integers(0, feature.max_length + 1, rows)
             length = events[of]
@@ -92,6 +100,11 @@ def random_batch(
         weight=torch.ones(rows),
         row_id=torch.arange(rows),
     )
+
+
+def _told(feature: ListFeature) -> tuple[str | None, int]:
+    """Which past events a list tells of."""
+    return feature.name if isinstance(feature, Searches) else feature.where, feature.max_length
 
 
 def _outcomes(label: Label, rows: int, rng: np.random.Generator) -> np.ndarray:

@@ -79,6 +79,11 @@ def test_sides() -> None:
             {"kind": "cross", "name": "c", "of": ["video", "watched"]},
             "'watched' is sequence, not one id per row",
         ),
+        (
+            {"kind": "searches", "name": "s", "column": "items.title"},
+            "searches 's': 'items.title' is not a column of the event itself",
+        ),
+        ({"kind": "searches", "name": "s", "column": "timestamp"}, "reads 'timestamp', which is not known"),
         ({"kind": "cross", "name": "c", "of": ["video"]}, "at least 2 items"),
         ({"kind": "cross", "name": "c", "of": ["video", "age"]}, "'age' is numeric"),
         ({"kind": "statistic", "name": "s", "key": "item_id", "label": "like"}, "no label 'like'"),

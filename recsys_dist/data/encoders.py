@@ -25,6 +25,7 @@ from recsys_dist.feature_kinds import (
     Categorical,
     Cross,
     Numeric,
+    Searches,
     Sequence,
     Sessions,
     Statistic,
@@ -190,7 +191,7 @@ def fit(
                 scales[feature.name] = Scale.fit(transforms.floats(values), total, feature.log)
             case Time():
                 rows[feature.name] = 25 if feature.part == "hour" else 8
-            case Cross():
+            case Cross() | Searches():
                 rows[feature.name] = feature.hash_buckets + 1
             case Statistic():
                 statistics[feature.name], seen = _fit_statistics(feature, counts, items)

@@ -15,7 +15,7 @@ from recsys_dist.data import transforms
 from recsys_dist.data.counts import is_positive
 from recsys_dist.data.encoders import Encoders, statistic
 from recsys_dist.data.entities import Entities
-from recsys_dist.data.histories import Timeline, chunk_ends
+from recsys_dist.data.histories import Timeline, chunk_ends, listed
 from recsys_dist.data.split import SPLITS, Split
 from recsys_dist.feature_kinds import (
     Bucketed,
@@ -23,6 +23,7 @@ from recsys_dist.feature_kinds import (
     Cross,
     ListFeature,
     Numeric,
+    Searches,
     Sequence,
     Sessions,
     Statistic,
@@ -135,8 +136,9 @@ def chunks(events: pa.Table, world: World, split: Split, feature: Sequence, unti
     at the very time of a row's own, and one more time those as many before it.)
     """
     schema = world.encoders.schema
-    wanted = _wanted(events, feature) & (split.assign(events["date"]) <= SPLITS.index(until))
-    builder = _Builder(events, world, chunk_ends(_codes(events["user_id"]), wanted, feature.max_length))
+    user, known = _codes(events["user_id"]), split.assign(events["date"]) <= SPLITS.index(until)
+    wanted = listed(events, feature, user, known)
+    builder = _Builder(events, world, chunk_ends(user, wanted, feature.max_length))
     return pa.table(
         {
             feature.name: builder.listed(feature),
@@ -160,7 +162,7 @@ class _Builder:
         self.user = world.users.positions(self.asked["user_id"])
         self.past_item = world.items.positions(events["item_id"])
         self.item = self.past_item[of]
-        self._pasts: dict[tuple[str | None, int], tuple[np.ndarray, np.ndarray]] = {}
+        self._pasts: dict[tuple[bool, str | None, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def columns(self) -> dict[str, pa.Array]:
         singles = {
@@ -206,8 +208,13 @@ class _Builder:
         return transforms.scaled(past, encoders.scales[feature.name])
 
     def listed(self, feature: ListFeature) -> pa.Array:
-        """The items of past events, or the sessions that these belong to."""
+        """The items of past events, the sessions that these belong to, or the words searched for."""
         offsets, at = self._last(feature)
+        if isinstance(feature, Searches):
+            texts = self.past[feature.column].combine_chunks().cast(pa.string()).dictionary_encode()
+            of_texts = transforms.words(texts.dictionary, feature.bigrams, feature.hash_buckets)
+            words = of_texts.take(texts.indices.take(pa.array(at)))
+            return pa.ListArray.from_arrays(words.offsets.take(pa.array(offsets)), words.values)
         if isinstance(feature, Sessions):
             gap_us = round(feature.gap_minutes * transforms.MINUTE_US)
             listed = transforms.sessions(self.past_us[at], offsets, gap_us, feature.sessions)
@@ -221,15 +228,27 @@ class _Builder:
 
     def _last(self, feature: ListFeature) -> tuple[np.ndarray, np.ndarray]:
         """Offsets and positions of the events that a list tells of, the same for all attributes of theirs."""
-        what = feature.where, feature.max_length
+        told = feature.column if isinstance(feature, Searches) else feature.where
+        what = type(feature) is Searches, told, feature.max_length
         if what not in self._pasts:
-            wanted = _wanted(self.past, feature)
+            wanted = listed(self.past, feature, self.past_user, self.real)
             self._pasts[what] = self.timeline.last(wanted, feature.max_length, self.of)
         return self._pasts[what]
 
     @cached_property
     def timeline(self) -> Timeline:
-        return Timeline.of(_codes(self.past["user_id"]), self.past_us)
+        return Timeline.of(self.past_user, self.past_us)
+
+    @cached_property
+    def real(self) -> np.ndarray:
+        """[n] bool: which of the past rows are events."""
+        if STATE not in self.past.column_names:
+            return np.ones(len(self.past), bool)
+        return ~np.asarray(pc.fill_null(self.past[STATE], False))
+
+    @cached_property
+    def past_user(self) -> np.ndarray:
+        return _codes(self.past["user_id"])
 
     @cached_property
     def past_us(self) -> np.ndarray:
@@ -239,16 +258,6 @@ class _Builder:
 def _codes(column: pa.ChunkedArray) -> np.ndarray:
     """[n] int32: equal values have equal codes."""
     return np.asarray(column.combine_chunks().dictionary_encode().indices)
-
-
-def _wanted(events: pa.Table, feature: ListFeature) -> np.ndarray:
-    """[n] bool: events that a list tells of."""
-    wanted = np.ones(len(events), bool)
-    if STATE in events.column_names:
-        wanted = ~np.asarray(pc.fill_null(events[STATE], False))
-    if feature.where is not None:
-        wanted &= np.nan_to_num(transforms.floats(events[feature.where])) > 0
-    return wanted
 
 
 def _first_moment(split: Split, name: str, utc_offset_hours: float) -> int:

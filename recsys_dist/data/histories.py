@@ -1,4 +1,4 @@
-"""Point in time: what a user had done strictly before each event. Events sorted by (user, timestamp).
+"""Point in time: what a user had done strictly before each event. Events sorted by (user, timestamp, item).
 
 n events. Events of one user with equal timestamps do not see each other.
 """
@@ -6,6 +6,11 @@ n events. Events of one user with equal timestamps do not see each other.
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recsys_dist.data import transforms
+from recsys_dist.feature_kinds import ListFeature, Searches
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,23 @@ class Timeline:
         stop = total[self.before[of]]
         first = np.maximum(total[self.start[of]], stop - length)
         return _ranges(np.flatnonzero(wanted), first, stop)
+
+
+def listed(events: pa.Table, feature: ListFeature, user: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """[n] bool: the events that a list of past ones tells of, of those that are `real` [n].
+
+    With the feature's label; of searches, the first event of each. `user` [n] codes, equal ones adjacent.
+    """
+    if not isinstance(feature, Searches):
+        return real if feature.where is None else real & (transforms.floats(events[feature.where]) > 0)
+    text = events[feature.column].combine_chunks().cast(pa.string())
+    given = np.asarray(pc.fill_null(pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(text)), 0), False))
+    at = np.flatnonzero(given & real)
+    code = np.asarray(text.take(pa.array(at)).dictionary_encode().indices)
+    begins = np.r_[True, (code[1:] != code[:-1]) | (user[at][1:] != user[at][:-1])][: len(at)]
+    wanted = np.zeros(len(events), bool)
+    wanted[at[begins]] = True
+    return wanted
 
 
 def chunk_ends(user: np.ndarray, wanted: np.ndarray, length: int) -> np.ndarray:

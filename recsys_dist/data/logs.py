@@ -27,7 +27,7 @@ from recsys_dist.data.columns import (
     texts,
 )
 from recsys_dist.errors import SourceError
-from recsys_dist.feature_kinds import Bucketed, Categorical, Numeric, Statistic, side
+from recsys_dist.feature_kinds import Bucketed, Categorical, Numeric, Searches, Statistic, side
 from recsys_dist.schema import Label, Schema
 
 INSTANT = pa.timestamp("us", "UTC")
@@ -60,7 +60,7 @@ class LogSpec:
         context: dict[str, bool] = {}
         for feature in schema.features:
             numeric = isinstance(feature, Numeric | Bucketed)
-            if isinstance(feature, Categorical | Numeric | Bucketed):
+            if isinstance(feature, Categorical | Numeric | Bucketed | Searches):
                 column = feature.column
             elif isinstance(feature, Statistic):
                 column = feature.key

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys_dist.data import transforms
+from recsys_dist.data.histories import listed
 from recsys_dist.schema import Schema
 
 # with the inner name that Parquet gives: written, read and written again it is the same file
@@ -14,15 +14,13 @@ _AS_READ = pa.list_(pa.field("element", pa.int32()))
 def recent(events: pa.Table, schema: Schema) -> pa.Table:
     """The events, sorted by `examples.sort_events`, that a later example of their user can still see.
 
-    Per feature that lists past events these are the last `max_length` ones with its label, as
+    Per feature that lists past events these are the last `max_length` ones that it tells of, as
     `examples.features` takes.
     """
     user = np.asarray(events["user_id"].combine_chunks().dictionary_encode().indices)
-    kept = np.zeros(len(events), bool)
+    kept, every = np.zeros(len(events), bool), np.ones(len(events), bool)
     for feature in schema.lists:
-        wanted = np.ones(len(events), bool)
-        if feature.where is not None:
-            wanted = np.nan_to_num(transforms.floats(events[feature.where])) > 0
+        wanted = listed(events, feature, user, every)
         kept[_last(user, np.flatnonzero(wanted), feature.max_length)] = True
     return events.filter(pa.array(kept))
 

@@ -14,6 +14,7 @@ from pandas.util import hash_array
 DAY_US = 86_400_000_000
 HOUR_US = 3_600_000_000
 MINUTE_US = 60_000_000
+_NO_WORD = r"[^\p{L}\p{M}\p{N}]+"
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,26 @@ def cross(parts: list[np.ndarray], buckets: int) -> np.ndarray:
         known &= part > 0
     rows = 1 + (mixed % np.uint64(buckets)).astype(np.int64)
     return np.where(known, rows, 0).astype(np.int32)
+
+
+def words(texts: pa.StringArray, bigrams: bool, buckets: int) -> pa.ListArray:
+    """[n] lists of int32 in 1..buckets: the hashed words of each text, then its pairs of adjacent words.
+
+    Words are runs of letters and digits, in lower case; a null text has none.
+    """
+    plain = pc.utf8_lower(pc.utf8_normalize(pc.fill_null(texts, ""), "NFKC"))
+    listed = pc.split_pattern(pc.utf8_trim_whitespace(pc.replace_substring_regex(plain, _NO_WORD, " ")), " ")
+    found, text = listed.flatten(), np.asarray(pc.list_parent_indices(listed))
+    kept = np.asarray(pc.not_equal(found, ""))  # what a text without words splits into
+    hashed, text = hash_text(found.filter(pa.array(kept))), text[kept]
+    if bigrams:
+        at = np.flatnonzero(text[1:] == text[:-1])
+        hashed = np.r_[hashed, mix(mix(hashed[at]) ^ hashed[at + 1])]
+        text = np.r_[text, text[at]]
+    order = np.argsort(text, kind="stable")
+    rows = 1 + (hashed[order] % np.uint64(buckets)).astype(np.int32)
+    offsets = np.searchsorted(text[order], np.arange(len(texts) + 1)).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(rows))
 
 
 def mix(x: np.ndarray) -> np.ndarray:

@@ -264,11 +264,12 @@ class ActivationUnit(nn.Module):
 
 
 def _l2(schema: Schema, cfg: HistoryConfig, attended: set[str], catalogue: Catalogue | None) -> BatchAwareL2:
-    for feature in schema.sequences:
+    for feature in schema.bags:
         if feature.name not in attended:
             raise ConfigError(
-                f"{cfg.name}: regularisation={cfg.regularisation:g} is of single embeddings, and of sequence "
-                f"{feature.name!r} only their mean is known; attend to it, or leave it out of features"
+                f"{cfg.name}: regularisation={cfg.regularisation:g} is of single embeddings, and of "
+                f"{feature.kind} {feature.name!r} only their mean is known; attend to it, or leave it out "
+                "of features"
             )
     rows = catalogue.occurrences if catalogue is not None else {}
     return BatchAwareL2(cfg.regularisation, schema, embedded(schema), rows)

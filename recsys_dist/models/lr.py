@@ -2,7 +2,7 @@
 
     P(y = 1 | x) = sigmoid( w·x + b )
 
-x has a one-hot stretch per single id and cross of the schema, and its floats. Sequences are not read.
+x has a one-hot stretch per single id and cross of the schema, and its floats. Lists are not read.
 
 B rows
 """
@@ -14,7 +14,7 @@ from torch import nn
 
 from recsys_dist.batch import Batch
 from recsys_dist.errors import ConfigError
-from recsys_dist.feature_kinds import Sequence
+from recsys_dist.feature_kinds import Bag
 from recsys_dist.models.protocol import Catalogue
 from recsys_dist.models.ranking import EmbeddingConfig, Fields, RankConfig, Ranker
 from recsys_dist.schema import Schema
@@ -41,7 +41,7 @@ class Model(Ranker):
         if cfg.objective.tasks:
             raise ConfigError("lr: objective.tasks needs a trunk that tasks can share; take mlp")
         read = Ranker.inputs(schema, cfg)
-        read = read.select(f.name for f in read.features if not isinstance(f, Sequence))
+        read = read.select(f.name for f in read.features if not isinstance(f, Bag))
         if not read.singles:
             raise ConfigError("lr: the schema has no feature with one id per row")
         return read

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from recsys_dist.batch import Batch
-from recsys_dist.feature_kinds import IdFeature, Sequence
+from recsys_dist.feature_kinds import Bag, IdFeature
 from recsys_dist.models.layers import WorkerSum, table_rows
 from recsys_dist.schema import Schema
 
@@ -34,7 +34,7 @@ class BatchAwareL2(nn.Module):
         """`rows` are `Catalogue.occurrences`; a model that only predicts has none, and calls this never."""
         super().__init__()
         self.rate, self.workers = rate, WorkerSum()
-        self.lists = {feature.name for feature in features if isinstance(feature, Sequence)}
+        self.lists = {feature.name for feature in features if isinstance(feature, Bag)}
         sizes = {schema.table(feature): table_rows(feature) for feature in features}
         before = dict(zip(sizes, torch.tensor([0, *sizes.values()]).cumsum(0).tolist(), strict=False))
         self.first = {feature.name: before[schema.table(feature)] for feature in features}

@@ -82,7 +82,7 @@ class Model(nn.Module):
         ids = [f for f in schema.ids if "item" not in schema.sides(f)]
         item_ids = [f for f in _of_item(schema, cfg) if isinstance(f, IdFeature)]
         item_dense = [f for f in _of_item(schema, cfg) if isinstance(f, DenseFeature)]
-        wide = {self.item, *(schema.table(f) for f in schema.sequences)}
+        wide = {self.item, *(schema.table(f) for f in schema.bags)}
         dims = {
             schema.table(f): cfg.embedding_dim if schema.table(f) in wide else cfg.side_dim
             for f in (*ids, *item_ids)
@@ -90,10 +90,10 @@ class Model(nn.Module):
         start = normal(cfg.embedding_std)
         self.names = [feature.name for feature in ids]
         self.tables = embedding_tables(schema, ids, dims, start)
-        self.sequences = [feature.name for feature in schema.sequences]
+        self.bags = [feature.name for feature in schema.bags]
         self.histories = [f.name for f in schema.sequences if f.of == self.item]
         self.dense = [at for at, f in enumerate(schema.dense) if "item" not in schema.sides(f)]
-        inputs = sum(dims[schema.table(f)] for f in ids) + len(self.dense) + len(self.sequences)
+        inputs = sum(dims[schema.table(f)] for f in ids) + len(self.dense) + len(self.bags)
         self.tower = MLP(inputs, cfg.hidden, cfg.activation, cfg.dropout, out=cfg.output_dim)
         self.item_names = [feature.name for feature in item_ids]
         self.item_tables = embedding_tables(schema, item_ids, dims, start, prefix="item_")
@@ -137,7 +137,7 @@ class Model(nn.Module):
         """[B, D] user vectors of length 1."""
         embedded = pooled(self.tables(batch.sparse), self.names)
         # a mean of one video and of fifty look alike; how long each history is tells them apart
-        lengths = [torch.log1p(batch.sparse[name].lengths().float())[:, None] / 4 for name in self.sequences]
+        lengths = [torch.log1p(batch.sparse[name].lengths().float())[:, None] / 4 for name in self.bags]
         inputs = torch.cat([embedded, batch.dense[:, self.dense], *lengths], dim=1)
         return F.normalize(self.tower(inputs), dim=1)
 

@@ -44,7 +44,7 @@ class Model(Ranker):
         self.tower = cfg.tower(self.fields.width + len(schema.dense), self.outputs)
         self.of_item = {feature.name: "item" in schema.sides(feature) for feature in deep}
         self.table_of = {feature.name: schema.table(feature) for feature in deep}
-        self.sequences = {feature.name for feature in schema.sequences}
+        self.bags = {feature.name for feature in schema.bags}
         columns = np.repeat(list(self.of_item.values()), cfg.embedding_dim)
         dense_columns = ["item" in schema.sides(feature) for feature in schema.dense]
         self.register_buffer(
@@ -97,7 +97,7 @@ class Model(Ranker):
     def _deep(self, name: str, ids: JaggedTensor) -> torch.Tensor:
         """[n, D] embedding of a deep feature, of an unsharded model."""
         table = self.fields.tables.embedding_bags[self.table_of[name]].weight
-        if name in self.sequences:
+        if name in self.bags:
             return F.embedding_bag(ids.values(), table, ids.offsets(), mode="mean", include_last_offset=True)
         return F.embedding(ids.values(), table)
 

@@ -2,7 +2,8 @@
 
     P(item = i | user) = exp(v_i·u) / Σ_j exp(v_j·u)
 
-u is a tower over the mean of the watched items' embeddings and other user and context features; v is
+u is a tower over the means of the watched items' and the searched words' embeddings (uni- and bigrams, a
+`Searches` feature of the schema) and other user and context features; v is
 the softmax's own weight, a second item table. Trained by a softmax over the positive and S negatives
 that all rows of the global batch share, drawn from q ∝ (positives + 1)^alpha and corrected by log q.
 
@@ -33,7 +34,10 @@ class Config(ModelConfig):
         None, description="user and context features to read; None reads the user's, but not her bare id"
     )
     embedding_dim: int = Field(
-        64, ge=1, multiple_of=DIM_UNIT, description="of input tables that a sequence is looked up in"
+        64,
+        ge=1,
+        multiple_of=DIM_UNIT,
+        description="of input tables that past items or words are looked up in",
     )
     side_dim: int = Field(
         8, ge=1, multiple_of=DIM_UNIT, description="of all other input tables: the user's attributes, context"
@@ -84,10 +88,9 @@ class Model(nn.Module):
         # a sequence brings the item feature whose table it shares; the tower must not see that one
         read = [f for f in schema.ids if "item" not in schema.sides(f)]
         self.names, self.keys = [feature.name for feature in read], [feature.name for feature in schema.ids]
-        of_sequences = {schema.table(f) for f in schema.sequences}
+        of_bags = {schema.table(f) for f in schema.bags}
         dims = {
-            schema.table(f): cfg.embedding_dim if schema.table(f) in of_sequences else cfg.side_dim
-            for f in read
+            schema.table(f): cfg.embedding_dim if schema.table(f) in of_bags else cfg.side_dim for f in read
         }
         vector_dim = cfg.output_dim + DIM_UNIT * cfg.item_bias
         if cfg.shared:
@@ -95,8 +98,8 @@ class Model(nn.Module):
         self.widths = [dims[schema.table(f)] for f in read]
         sought = [*read, schema.item_id] if cfg.shared else read
         self.tables = embedding_tables(schema, sought, dims, normal(cfg.embedding_std))
-        self.sequences = [feature.name for feature in schema.sequences]
-        inputs = sum(self.widths) + len(schema.dense) + len(self.sequences)
+        self.bags = [feature.name for feature in schema.bags]
+        inputs = sum(self.widths) + len(schema.dense) + len(self.bags)
         if cfg.hidden is None:
             self.tower = None
         elif cfg.output_activation:
@@ -125,7 +128,8 @@ class Model(nn.Module):
         item = schema.item_id.name
         if cfg.shared and item not in of:
             raise ConfigError("youtubednn: shared=true needs a sequence of item ids, and there is none")
-        as_wide = {f.name for f in schema.ids if schema.table(f) in of or cfg.side_dim == cfg.output_dim}
+        wide = {schema.table(f) for f in schema.bags if f.name in chosen}
+        as_wide = {f.name for f in schema.ids if schema.table(f) in wide or cfg.side_dim == cfg.output_dim}
         if cfg.hidden is None and not as_wide >= {*chosen}:
             raise ConfigError(
                 f"youtubednn: hidden=null adds embeddings of {cfg.output_dim} dimensions, and "
@@ -188,7 +192,7 @@ class Model(nn.Module):
     def _users(self, embedded: torch.Tensor, batch: Batch) -> torch.Tensor:
         if self.tower is not None:
             # a mean of one video and of fifty look alike; how long each history is tells them apart
-            lengths = [torch.log1p(batch.sparse[name].lengths().float()) for name in self.sequences]
+            lengths = [torch.log1p(batch.sparse[name].lengths().float()) for name in self.bags]
             embedded = self.tower(torch.cat([embedded, batch.dense, torch.stack(lengths, dim=1) / 4], dim=1))
         else:
             summands = torch.split(embedded, self.widths, dim=1)

@@ -21,6 +21,7 @@ from recsys_dist.bundle import Bundle
 from recsys_dist.data import logs, transforms
 from recsys_dist.data.logs import LogSpec
 from recsys_dist.errors import StateError
+from recsys_dist.feature_kinds import Searches, column_of
 from recsys_dist.serve.api import (
     Answer,
     Asked,
@@ -108,6 +109,8 @@ class Recommender:
         self._ids = np.r_[np.array([""], object), bundle.item_ids.to_numpy(zero_copy_only=False)]
         self._position_of_row = np.r_[0, bundle.items.positions(bundle.item_ids)]
         self.spec = LogSpec.from_schema(bundle.encoders.schema)
+        read = {column_of(f) for f in bundle.encoders.schema.features if not isinstance(f, Searches)}
+        self._wanted = [name for name in self.spec.context if name in read]  # searches are of the past
         offset_us = int(bundle.encoders.schema.utc_offset_hours * transforms.HOUR_US)
         self._earliest_us = bundle.encoders.freeze_day * transforms.DAY_US - offset_us
 
@@ -204,11 +207,11 @@ class Recommender:
         known = self.bundle.users.positions(pa.array([a.user_id for a in asked], pa.string())) > 0
         found = []
         for request, is_known in zip(asked, known, strict=True):
-            given, wanted = request.context, self.spec.context
+            given = request.context
             reasons = [] if is_known else ["unknown_user"]
             reasons += [] if request.user_id in active else ["no_history"]
-            reasons += [f"unknown_context:{name}" for name in given if name not in wanted]
-            found.append(reasons + [f"missing_context:{n}" for n in wanted if given.get(n) is None])
+            reasons += [f"unknown_context:{name}" for name in given if name not in self.spec.context]
+            found.append(reasons + [f"missing_context:{n}" for n in self._wanted if given.get(n) is None])
         return found
 
     def _table(self, asked: Sequence[Asked]) -> pa.Table:

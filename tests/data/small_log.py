@@ -11,6 +11,7 @@ from recsys_dist.feature_kinds import (
     Categorical,
     Cross,
     Numeric,
+    Searches,
     Sequence,
     Sessions,
     Statistic,
@@ -18,6 +19,7 @@ from recsys_dist.feature_kinds import (
 )
 from recsys_dist.schema import Label, Schema
 
+SEARCHES = ["Red shoes", "red  SHOES!", "blue-ray player", "Straße 5", "", "?!", "shoes"]
 FIRST_DAY = dt.date(2024, 3, 1)
 
 SCHEMA = Schema(
@@ -34,6 +36,7 @@ SCHEMA = Schema(
         Sequence(name="clicked_genre", of="genre", where="click", max_length=3),
         Sequence(name="shown", of="item", max_length=4),
         Sessions(name="shown_sessions", max_length=4, gap_minutes=600, sessions=3),
+        Searches(name="searched", column="query", max_length=2, hash_buckets=64),
         Numeric(name="age", column="users.age"),
         Numeric(name="watch_capacity", column="items.length", log=True),
         Statistic(name="user_count", key="user_id"),
@@ -84,6 +87,7 @@ def events(rows: int = 600, days: int = 8, seed: int = 0) -> pa.Table:
             "like": pa.array(rng.random(rows) < 0.2).cast(pa.int8()),
             "watch_ms": pa.array(rng.exponential(1000, rows), pa.float32()),
             "device": pa.array(rng.choice(["phone", "tv", "web"], rows), mask=rng.random(rows) < 0.1),
+            "query": pa.array(rng.choice(SEARCHES, rows), mask=rng.random(rows) < 0.6),
         }
     )
     return table.take(rng.permutation(rows))

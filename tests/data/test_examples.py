@@ -3,6 +3,7 @@
 import datetime as dt
 import itertools
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from recsys_dist.data import encoders as fitting
 from recsys_dist.data import stages
 from recsys_dist.data.counts import Counts
 from recsys_dist.data.entities import Entities
-from recsys_dist.data.examples import World, chunks, examples, features, sort_events, user_states
+from recsys_dist.data.examples import STATE, World, chunks, examples, features, sort_events, user_states
+from recsys_dist.data.recent import recent
 from recsys_dist.data.split import SPLITS, Split
+from recsys_dist.data.transforms import hash_text, mix
 from recsys_dist.feature_kinds import Statistic
 from recsys_dist.schema import Schema
 from tests.data.small_log import FIRST_DAY, SCHEMA, events, items, users
@@ -72,6 +75,19 @@ def sessions_of(times: list[dt.datetime]) -> list[int]:
     return numbers[::-1]
 
 
+def searched(past: list[dict[str, Any]]) -> list[int]:
+    """Buckets of words and pairs of the last two searches; one that goes on over several events is one."""
+    texts = [r["query"] for r in past if (r["query"] or "").strip()]
+    texts = [text for text, before in zip(texts, [None, *texts], strict=False) if text != before]
+    rows = []
+    for text in texts[-2:]:
+        words = re.findall(r"\w+", text.lower())
+        hashed = [hash_text(pa.array([word])) for word in words]
+        hashed += [mix(mix(one) ^ two) for one, two in itertools.pairwise(hashed)]
+        rows += [1 + int(code[0] % np.uint64(64)) for code in hashed]
+    return rows
+
+
 def test_every_feature_equals_a_computation_row_by_row(log: pa.Table, world: World) -> None:
     rows = log.to_pylist()
     item_of = {r["item_id"]: r for r in items().to_pylist()}
@@ -99,6 +115,7 @@ def test_every_feature_equals_a_computation_row_by_row(log: pa.Table, world: Wor
             "clicked_genre": [row_of(world, "genre", genre(r)) for r in clicked],
             "shown": [row_of(world, "item", r["item_id"]) for r in past[-4:]],
             "shown_sessions": sessions_of([r["timestamp"] for r in past[-4:]]),
+            "searched": searched(past),
             "user_count": math.log1p(sum(r["user_id"] == row["user_id"] for r in days)),
             "user_rate": smoothed([r for r in days if r["user_id"] == row["user_id"]], prior),
             "item_count": math.log1p(sum(r["item_id"] == row["item_id"] for r in days)),
@@ -189,6 +206,20 @@ def test_user_states_are_the_users_as_the_split_begins(log: pa.Table, world: Wor
         scale = world.encoders.scales["user_count"]
         count = state["user_count"] * scale.deviation + scale.mean
         assert count == pytest.approx(math.log1p(len(past)), abs=1e-5)
+
+
+def test_what_serving_keeps_of_the_past_gives_the_same_lists(log: pa.Table, world: World) -> None:
+    kept = recent(log, SCHEMA)
+    assert len(kept) < len(log) / 2
+    users = pc.unique(log["user_id"])
+    moment = pa.array([dt.datetime(2030, 1, 1, tzinfo=dt.UTC)] * len(users), log["timestamp"].type)
+    asked = pa.table({"user_id": users, "timestamp": moment, STATE: [True] * len(users)})
+    found = []
+    for past in (log, kept):
+        both = sort_events(pa.concat_tables([past, asked], promote_options="default"))
+        columns = features(both, world, np.flatnonzero(both[STATE].is_valid()))
+        found.append({feature.name: columns[feature.name].to_pylist() for feature in SCHEMA.lists})
+    assert found[0] == found[1] and any(found[0]["searched"])
 
 
 @pytest.mark.parametrize("name", ["clicked", "shown"])

@@ -199,3 +199,20 @@ def test_many_values_are_thinned_and_stay_a_distribution() -> None:
     assert len(points) <= 101 and (np.diff(points, axis=0) > 0).all()
     share = transforms.quantile(pa.array(np.sort(values)), points, 1.0)
     np.testing.assert_allclose(share, (np.arange(20_000) + 0.5) / 20_000, atol=0.005)  # half of 1 %
+
+
+def test_words_and_pairs_of_adjacent_ones() -> None:
+    texts = pa.array(
+        ["Red shoes!", None, "", "  ?!", "RED  Shoes", "\uff52\uff45\uff44", "naïve café 5", "a b", "b a"]
+    )
+    listed = transforms.words(texts, True, 1_000_000).to_pylist()
+    red_shoes, *nothing = listed[:4]
+    assert nothing == [[], [], []] and len(red_shoes) == 3 and listed[4] == red_shoes
+    assert listed[5] == red_shoes[:1]  # full-width letters are letters
+    assert len(set(listed[6])) == 5
+    assert set(listed[7][:2]) == set(listed[8][:2]) and listed[7][2] != listed[8][2]  # order is the pair's
+    assert transforms.words(texts, False, 1_000_000).to_pylist()[6] == listed[6][:3]
+    assert red_shoes == [630702, 731977, 805133]  # must never change
+    assert set(transforms.words(texts, True, 2).flatten().to_pylist()) == {1, 2}
+    for none in (texts[:0], texts[1:4]):
+        assert transforms.words(none, True, 10).flatten().to_pylist() == []

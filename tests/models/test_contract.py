@@ -42,7 +42,7 @@ TRUNKLESS = {"lr"}
 def planted(schema: Schema, name: str, rows: int, seed: int) -> Batch:
     """Recall: a user's positive is the item of the user's own row, and the one watched before.
 
-    Ranking: a click where the sum is odd.
+    All searched for the same word. Ranking: a click where the sum is odd.
     Where a model sees no pairs: a click where the user's row is odd.
     """
     rng = rng_for(seed, "planted")
@@ -50,7 +50,7 @@ def planted(schema: Schema, name: str, rows: int, seed: int) -> Batch:
     user = rng.integers(1, 30, rows)
     item = user if recall else rng.integers(1, 40, rows)
     click = (user if name in ADDITIVE else user + item) % 2
-    columns = {"user": user, "item": item, "click": click}
+    columns = {"user": user, "item": item, "click": click, "searched": np.ones(rows, np.int64)}
     return random_batch(schema, rows, rng, columns | {"watched": user} if recall else columns)
 
 

@@ -71,7 +71,7 @@ def test_two_vector_layers_hold_products_of_three_inputs() -> None:
 
 
 def test_structures_join_or_stack() -> None:
-    inputs = 6 * 16 + 2
+    inputs = 7 * 16 + 2
     parallel = Model(Config(hidden=(8,)), small_schema())
     stacked = Model(Config(hidden=(8,), structure="stacked"), small_schema())
     assert parallel.score.layers[0].in_features == inputs + 8 and stacked.score.layers[0].in_features == 8

@@ -25,7 +25,7 @@ def test_the_top_reads_the_floats_and_every_pair_of_dots_once() -> None:
     for row, d in zip(fields, floats, strict=True):
         vectors = [d, *row]
         rows.append([*d, *(a @ b for i, a in enumerate(vectors) for b in vectors[i + 1 :])])
-    assert np.shape(rows) == (3, 4 + 7 * 6 // 2)
+    assert np.shape(rows) == (3, 4 + 8 * 7 // 2)
     torch.testing.assert_close(model.logits(batch), model.top(torch.tensor(np.array(rows))))
 
 
@@ -34,14 +34,14 @@ def test_cat_hands_the_vectors_themselves_to_the_top() -> None:
     model = materialise(Model(Config(embedding_dim=4, interaction="cat"), small_schema()), 0).eval()
     batch = random_batch(small_schema(), 3, rng_for(0, "rows"))
     vectors = [model.bottom(batch.dense)[:, None], model.fields(batch.sparse)[0]]
-    torch.testing.assert_close(model.logits(batch), model.top(torch.cat(vectors, dim=1).reshape(3, 7 * 4)))
+    torch.testing.assert_close(model.logits(batch), model.top(torch.cat(vectors, dim=1).reshape(3, 8 * 4)))
 
 
 def test_a_schema_without_floats_has_no_bottom() -> None:
     schema = small_schema()
     ids = schema.select(f.name for f in schema.features if not isinstance(f, Numeric))
     model = materialise(Model(Config(embedding_dim=4), ids), 0)
-    assert model.bottom is None and model.top.layers[0].in_features == 6 * 5 // 2
+    assert model.bottom is None and model.top.layers[0].in_features == 7 * 6 // 2
     assert model(random_batch(ids, 3, rng_for(0, "rows"))).shape == (3,)
 
 

@@ -48,7 +48,7 @@ def test_features_of_one_table_are_looked_up_together() -> None:
     configs = {c.name: c for c in tables.embedding_bag_configs()}
     assert configs["item"].feature_names == ["item", "watched"]
     assert configs["author"].feature_names == ["author", "watched_authors"]
-    assert [c.num_embeddings for c in configs.values()] == [30, 40, 12, 25, 64]
+    assert [c.num_embeddings for c in configs.values()] == [30, 40, 12, 25, 64, 21]
     assert all(p.device.type == "meta" for p in tables.parameters())
 
 

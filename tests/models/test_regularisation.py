@@ -20,6 +20,8 @@ from tests.train.unsharded import train_unsharded
 
 RATE, LAMBDA, REAL = 0.5, 0.3, 9
 SGD = OptimizerConfig.parse({"deep": {"rule": "sgd", "lr": RATE}})
+EVERY = small_schema()
+SCHEMA = EVERY.select(f.name for f in EVERY.features if f.name != "searched")  # known by its mean alone
 TABLES = ("user", "item", "author", "hour")
 
 
@@ -31,7 +33,7 @@ def updated(name: str, regularisation: float, batch: Batch) -> tuple[dict[str, n
     """All tables before and after one step."""
     module = model_module(name)
     cfg = module.Config(regularisation=regularisation, embedding_std=1.0)
-    schema = module.Model.inputs(small_schema(), cfg)
+    schema = module.Model.inputs(SCHEMA, cfg)
     torch.manual_seed(0)
     loss = materialise(Loss(module.Model(cfg, schema, small_catalogue())), 0)
     before = tables(loss)
@@ -42,12 +44,12 @@ def updated(name: str, regularisation: float, batch: Batch) -> tuple[dict[str, n
 
 def weighted() -> Batch:
     """Ids come in many rows, and more than once in one."""
-    batch = random_batch(small_schema(), REAL, rng_for(0, "rows"), {"user": np.arange(REAL) % 4})
+    batch = random_batch(SCHEMA, REAL, rng_for(0, "rows"), {"user": np.arange(REAL) % 4})
     return dataclasses.replace(batch, weight=torch.linspace(0.5, 2, REAL))
 
 
 def alpha_over_n(batch: Batch, table: str) -> np.ndarray:
-    schema = small_schema()
+    schema = SCHEMA
     found = [batch.sparse[f.name].values().numpy() for f in schema.ids if schema.table(f) == table]
     alpha = np.isin(np.arange(ROWS[table]), np.concatenate(found))
     assert alpha.any() and not alpha.all()
@@ -69,7 +71,7 @@ def test_one_update_is_that_of_equation_6(name: str) -> None:
 
 def test_the_gradient_in_double_precision() -> None:
     """TorchRec's bags give floats, so here a table of plain doubles is looked up instead."""
-    schema, batch = small_schema(), weighted()
+    schema, batch = SCHEMA, weighted()
     features = [schema["item"], schema["watched"]]
     l2 = BatchAwareL2(LAMBDA, schema, features, small_catalogue().occurrences).double()
     table = torch.randn(ROWS["item"], 4, dtype=torch.float64, requires_grad=True)
@@ -84,15 +86,17 @@ def test_the_gradient_in_double_precision() -> None:
 
 
 def test_rows_of_weight_zero_pull_nothing() -> None:
-    schema = small_schema()
+    schema = SCHEMA
     model = materialise(din.Model(din.Config(regularisation=1.0), schema, small_catalogue()), 0)
     rates = model.behaviours.l2(idle_batch(schema, 4))  # looks up row 0 of every table
     assert all(not bool(rate.any()) for rate in rates.values())
 
 
-def test_a_pooled_sequence_is_refused() -> None:
-    schema = small_schema()
+def test_what_is_known_by_its_mean_is_refused() -> None:
     cfg = din.Config(regularisation=0.1, histories=("watched",))
     with pytest.raises(ConfigError, match=r"din: regularisation=0.1 .* 'watched_authors' .*attend to it"):
-        din.Model(cfg, schema, small_catalogue())
-    dsin.Model(dsin.Config(regularisation=0.1), schema, small_catalogue())
+        din.Model(cfg, SCHEMA, small_catalogue())
+    cfg = din.Config(regularisation=0.1)
+    with pytest.raises(ConfigError, match=r"of searches 'searched' only their mean .*leave it out"):
+        din.Model(cfg, EVERY, small_catalogue())
+    dsin.Model(dsin.Config(regularisation=0.1), SCHEMA, small_catalogue())

@@ -197,7 +197,7 @@ def test_an_unknown_positive_teaches_nothing_and_is_no_negative() -> None:
 def test_what_it_reads_and_what_it_refuses() -> None:
     schema = small_schema()
     names = [f.name for f in Model.inputs(schema, Config()).features]
-    assert names == ["user", "item", "author", "watched", "watched_authors", "age", "duration"]
+    assert names == ["user", "item", "author", "watched", "watched_authors", "searched", "age", "duration"]
     by_author = build(item_features=["author"])[0]
     assert by_author.item_names == ["author"] and by_author.item_vectors().shape == (40, 4)
     rate = Statistic(name="item_rate", key="item_id", label="click")

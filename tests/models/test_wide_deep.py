@@ -52,14 +52,14 @@ def test_logit_is_equation_3() -> None:
         assert logit == pytest.approx((w2 @ activation + b2).item() + linear, rel=1e-4)
 
 
-def test_crosses_go_wide_and_sequences_go_deep() -> None:
+def test_crosses_go_wide_and_lists_go_deep() -> None:
     model = build(Config())
     assert list(model.fields.wide_rows) == ["user", "item", "author", "hour", "user_x_author"]
     assert list(model.fields.wide_rows.values()) == [0, 30, 70, 82, 107], (
         "each feature after the rows of those before"
     )
-    assert sorted(weights(model)) == ["author", "hour", "item", "user", "wide"]
-    assert model.fields.names == ["user", "item", "author", "hour", "watched", "watched_authors"]
+    assert sorted(weights(model)) == ["author", "hour", "item", "searched", "user", "wide"]
+    assert model.fields.names == ["user", "item", "author", "hour", "watched", "watched_authors", "searched"]
     chosen = build(Config(wide=("user_x_author", "hour")))
     assert list(chosen.fields.wide_rows) == ["user_x_author", "hour"]
     assert len(weights(chosen)["wide"]) == 64 + 25

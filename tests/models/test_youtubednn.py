@@ -1,15 +1,20 @@
 """YoutubeDNN recall against its equations in NumPy; what it reads; how it draws negatives."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from torchrec import JaggedTensor, KeyedJaggedTensor
 
+from recsys_dist.batch import Batch
 from recsys_dist.config import rng_for
 from recsys_dist.errors import ConfigError
 from recsys_dist.models.protocol import Catalogue
 from recsys_dist.models.youtubednn import Config, Model
 from recsys_dist.train.sharding import materialise
 from tests.batches import random_batch, small_schema
+from tests.models.test_contract import train
 
 POSITIVES = torch.arange(40)
 
@@ -23,7 +28,7 @@ def build(cfg: Config) -> tuple[Model, list[str]]:
 
 def test_reads_users_and_named_context_never_the_target() -> None:
     _, read = build(Config())
-    assert read == ["user", "item", "author", "watched", "watched_authors", "age"]
+    assert read == ["user", "item", "author", "watched", "watched_authors", "searched", "age"]
     cfg = Config(features=("user", "hour", "watched", "watched_authors", "age"))
     model, read = build(cfg)
     assert read == ["user", "item", "author", "hour", "watched", "watched_authors", "age"]
@@ -99,6 +104,31 @@ def test_without_a_tower_a_user_is_the_sum_of_her_embeddings(shared: bool) -> No
         mean = watched[items.long(), :64].mean(dim=0) if len(items) else torch.zeros(64)
         expected = torch.nn.functional.normalize(mean + user[of], dim=0)
         assert torch.allclose(model(batch)[row, :64], expected, atol=1e-6)
+
+
+def test_words_tell_what_is_searched_for() -> None:
+    """Each item is called by a pair of words, and nothing else tells which one a user wants."""
+    model, _ = build(Config(negatives=64, embedding_std=0.3))
+    schema = Model.inputs(small_schema(), Config())
+
+    def searching(rows: int, seed: int) -> Batch:
+        rng = rng_for(seed, "searches")
+        first, second = rng.integers(1, 6, (2, rows))
+        batch = random_batch(schema, rows, rng, {"item": 1 + 5 * (first - 1) + second, "searched": first})
+        words = np.stack([first, 5 + second], axis=1)
+        ids = batch.sparse.to_dict() | {"searched": jagged(words)}
+        return replace(batch, sparse=KeyedJaggedTensor.from_jt_dict(ids))
+
+    train(model, searching(1_000, 0), steps=150)
+    held_out = searching(300, 1)
+    with torch.no_grad():
+        best = (model(held_out) @ model.item_vectors().T)[:, 1:].argmax(dim=1) + 1
+    assert (best == held_out.sparse["item"].values()).float().mean() > 0.9
+
+
+def jagged(ids: np.ndarray) -> JaggedTensor:
+    lengths = torch.full((len(ids),), ids.shape[1], dtype=torch.int32)
+    return JaggedTensor(torch.from_numpy(ids.flatten()).int(), lengths=lengths)
 
 
 def test_an_unknown_positive_teaches_nothing() -> None:

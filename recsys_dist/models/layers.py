@@ -14,6 +14,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedTensor, Po
 
 from recsys_dist.errors import ConfigError
 from recsys_dist.feature_kinds import IdFeature, SingleId
+from recsys_dist.models.precision import by_hand, full
 from recsys_dist.schema import Schema
 
 DIM_UNIT = 4  # FBGEMM's sharded kernels ask for table dimensions that are multiples of it
@@ -64,6 +65,7 @@ class BatchNorm(nn.Module):
 
     def forward(self, x_BH: torch.Tensor, real_B: torch.Tensor | None = None) -> torch.Tensor:
         """[B, H] → [B, H]; rows where `real_B` [B] bool is False count for nothing."""
+        x_BH = full(x_BH)
         mean, scale = self.moments(x_BH, real_B)
         out = (x_BH - mean) * scale
         return out if self.scale is None or self.shift is None else out * self.scale + self.shift
@@ -74,7 +76,7 @@ class BatchNorm(nn.Module):
             return self.mean, (self.variance + self.eps).rsqrt()
         rows = x_BH.new_ones(len(x_BH)) if real_B is None else real_B.to(x_BH.dtype)
         # sums about the running mean, which all workers share: no digits are lost where means are large
-        of_rows = _Sums.apply(x_BH, self.mean, rows)  # type: ignore[no-untyped-call]
+        of_rows = by_hand(_Sums, x_BH, self.mean, rows)
         sums = self.workers(torch.cat([*of_rows, rows.sum()[None]]))
         first, second, count = sums[: x_BH.shape[1]], sums[x_BH.shape[1] : -1], sums[-1].clamp(min=1)
         offset = first / count
@@ -121,7 +123,8 @@ class Dice(nn.Module):
 
     def forward(self, s_BH: torch.Tensor, real_B: torch.Tensor | None = None) -> torch.Tensor:
         """[B, H] → [B, H]; moments as in BatchNorm."""
-        out: torch.Tensor = _Gate.apply(s_BH, *self.norm.moments(s_BH, real_B), self.alpha)  # type: ignore[no-untyped-call]
+        s_BH = full(s_BH)
+        out: torch.Tensor = by_hand(_Gate, s_BH, *self.norm.moments(s_BH, real_B), self.alpha)
         return out
 
 

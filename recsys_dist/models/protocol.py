@@ -157,6 +157,7 @@ SHARED = (
     "layers",
     "losses",
     "pairs",
+    "precision",
     "protocol",
     "ranking",
     "recall",

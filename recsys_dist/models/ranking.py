@@ -28,6 +28,7 @@ from recsys_dist.models.layers import (
     normal,
     table_rows,
 )
+from recsys_dist.models.precision import full
 from recsys_dist.models.protocol import ModelConfig, Task
 from recsys_dist.schema import Schema
 
@@ -138,6 +139,7 @@ class Ranker(nn.Module):
 
     def loss_of(self, logits_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
         """[B] `loss`, of logits that were computed before."""
+        logits_BT = full(logits_BT)
         loss_B = self.label_loss(logits_BT[:, 0], batch)
         for column, (name, weight) in enumerate(self.objective.tasks.items(), start=1):
             of_task = losses.binary_cross_entropy if self.kinds[name] == "binary" else losses.log_square

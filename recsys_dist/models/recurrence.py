@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from recsys_dist.models.behaviours import Segments
+from recsys_dist.models.precision import by_hand
 
 
 class Packing:
@@ -51,7 +52,7 @@ def gru(
     recurrent_GH  [3H, H] U_r, U_u, U_n
     attention_V   [V] a_t; 1 without
     """
-    states: torch.Tensor = _Recurrence.apply(x_VG, recurrent_GH, attention_V, packing)  # type: ignore[no-untyped-call]
+    states: torch.Tensor = by_hand(_Recurrence, x_VG, recurrent_GH, attention_V, packing)
     return states
 
 

@@ -85,15 +85,20 @@ class Workers:
 
 
 class Loss(nn.Module):
-    """A model's loss as a forward pass, the form in which it can be sharded."""
+    """A model's loss as a forward pass, the form in which it can be sharded.
 
-    def __init__(self, model: Any) -> None:
+    With `autocast` matrix products take operands of bf16; weights, tables and their gradients stay float32.
+    """
+
+    def __init__(self, model: Any, autocast: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.autocast = autocast
 
     def forward(self, batch: Batch, step: int) -> torch.Tensor:
         """[B] loss of each row."""
-        return self.model.loss(batch, step)
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.model.loss(batch, step).float()
 
 
 @dataclass

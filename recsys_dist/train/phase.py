@@ -202,7 +202,8 @@ class _Attempt:
         self.catalogue = catalogue
         sharding = balanced(cfg, common.prepared, catalogue, common.workers.size)
         torch.manual_seed(cfg.seed)
-        loss = Loss(model_module(cfg.model.name).Model(cfg.model, self.schema, catalogue))
+        model = model_module(cfg.model.name).Model(cfg.model, self.schema, catalogue)
+        loss = Loss(model, autocast=cfg.autocast is not None)
         groups = loss.model.table_groups()
         self.sharded = shard(loss, groups, cfg.optimizer, sharding, cfg.seed, common.device)
         if cfg.checkpoint_every_s is not None and cfg.checkpoint_increments > 0:

@@ -241,7 +241,8 @@ def _exchanged(table: Placed, step: Rehearsed, cfg: TrainConfig, workers: int) -
 def _built(cfg: TrainConfig, schema: Schema, catalogue: Catalogue) -> Loss:
     """The model with its loss, unsharded; ConfigError where its dense layers alone are too large."""
     try:
-        return Loss(model_module(cfg.model.name).Model(cfg.model, schema, catalogue))
+        model = model_module(cfg.model.name).Model(cfg.model, schema, catalogue)
+        return Loss(model, autocast=cfg.autocast is not None)
     except RuntimeError as error:
         if not any(said in str(error) for said in ("allocate memory", "Storage size calculation overflowed")):
             raise

@@ -85,6 +85,11 @@ class TrainConfig(Config):
         "common with it start from there, table rows by the values that they stand for",
     )
     optimizer: OptimizerConfig = OptimizerConfig()
+    autocast: Literal["bf16"] | None = Field(
+        None,
+        description="matrix products in training take operands of 16 bits, which GPUs multiply faster; "
+        "weights, tables, statistics and losses stay in 32, and so does all that validates and serves",
+    )
     sharding: ShardingConfig = ShardingConfig()
     num_workers: Annotated[int, Field(ge=0)] | tuple[Count, Count] = Field(
         1,

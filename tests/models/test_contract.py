@@ -11,6 +11,7 @@ from recsys_dist.config import rng_for
 from recsys_dist.errors import ConfigError
 from recsys_dist.models.protocol import model_module, model_names
 from recsys_dist.schema import Schema
+from recsys_dist.train.loop import Loss
 from recsys_dist.train.sharding import materialise
 from tests.batches import random_batch, small_catalogue, small_schema, take
 
@@ -185,3 +186,17 @@ def test_unknown_ids_and_empty_histories_score(name: str) -> None:
     batch = random_batch(schema, 3, rng_for(6, "rows"), zeros)
     assert bool(torch.isfinite(outputs(model, batch)).all())
     assert bool(torch.isfinite(model.loss(batch, 0)).all())
+
+
+def test_autocast_learns_the_same_in_fewer_bits(name: str) -> None:
+    """The gradient points where that of 32 bits does; weights, gradients and what is remembered keep 32."""
+    found = []
+    for autocast in (False, True):
+        model, schema = build(name)
+        loss = Loss(model.train(), autocast)
+        loss(random_batch(schema, 256, rng_for(4, "rows")), 0).mean().backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        assert all(state.dtype != torch.bfloat16 for state in model.state_dict().values())
+    assert not torch.equal(*found)
+    assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.99
+    assert found[1].norm() == pytest.approx(float(found[0].norm()), rel=0.05)

@@ -84,6 +84,21 @@ def test_workers_take_the_steps_of_one_unsharded_process(name: str, world: int) 
             truth.assert_same(found[kind], expected(name), f"{name}, {kind}, rank {rank} of {world}")
 
 
+def in_few_bits(rank: int) -> truth.Outcome:
+    loss = build()
+    loss.autocast = True
+    mine = truth.share(global_batches(), rank, 2)
+    return truth.on_worker(loss, ROWWISE, ShardingConfig.parse(KINDS["mix"]), mine, tiny.schema())[0]
+
+
+@pytest.mark.ranks
+def test_with_autocast_losses_stay_within_what_its_bits_can_tell() -> None:
+    first, second = run_ranks(2, in_few_bits)
+    assert first.losses == second.losses != expected("rowwise").losses
+    np.testing.assert_allclose(first.losses, expected("rowwise").losses, rtol=2**-7)
+    assert {value.dtype for value in first.weights.values()} == {np.dtype(np.float32)}
+
+
 def parts() -> list[Batch]:
     """Of three workers: few rows that weigh much, many that weigh little, and a single one."""
     rows, weights = (3, 20, 1), (10.0, 0.1, 1.0)

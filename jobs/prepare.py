@@ -14,6 +14,7 @@ reuses what is unchanged, and continues what was interrupted.
 
 import argparse
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from recsys_dist.data.pipeline import PrepareConfig, prepare
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.data.sources.protocol import SourceConfig, source_for, source_module, source_names
 from recsys_dist.errors import ConfigError, SourceError
+from recsys_dist.usage import UsageSampler
 
 
 def parse(argv: list[str]) -> tuple[PrepareConfig, str]:
@@ -108,7 +110,14 @@ def _hashed(prepared: Prepared) -> str:
 
 def main(argv: list[str]) -> None:
     cfg, out = parse(argv)
-    print(summary(prepare(cfg, out)))
+    began = time.perf_counter()
+    with UsageSampler() as usage:
+        prepared = prepare(cfg, out)
+    print(summary(prepared))
+    print(
+        f"in {time.perf_counter() - began:.0f} s, with {usage.peak_rss_bytes / 1e9:.2f} GB at most in this "
+        "process and those it started"
+    )
 
 
 if __name__ == "__main__":

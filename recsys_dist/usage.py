@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from typing import Self
 
 import psutil
 
@@ -14,9 +15,14 @@ log = logging.getLogger(__name__)
 
 
 class UsageSampler:
-    """Records what the machine and this process tree use, every `every_s` seconds, from a thread."""
+    """Records what the machine and this process tree use, every `every_s` seconds, from a thread.
 
-    def __init__(self, recorder: Recorder, every_s: float = 10.0, peak_every_s: float = 2.0) -> None:
+    Without a recorder it only looks for the peak. As a context manager it stops at the end.
+    """
+
+    def __init__(
+        self, recorder: Recorder | None = None, every_s: float = 10.0, peak_every_s: float = 2.0
+    ) -> None:
         self.peak_rss_bytes = process_tree_rss_bytes()
         self._recorder = recorder
         self._every_s = every_s
@@ -24,6 +30,12 @@ class UsageSampler:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="usage", daemon=True)
         self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def stop(self) -> None:
         self._stop.set()
@@ -36,7 +48,7 @@ class UsageSampler:
         while not self._stop.wait(self._pause_s):
             rss_bytes = process_tree_rss_bytes()
             self.peak_rss_bytes = max(self.peak_rss_bytes, rss_bytes)
-            if time.monotonic() < due:
+            if self._recorder is None or time.monotonic() < due:
                 continue
             due += self._every_s
             step += 1

@@ -76,5 +76,7 @@ def log_yaml(bundle: Bundle) -> str:
         "features": features,
         "ranking_label": schema.ranking_label,
         "recall_positive": list(schema.recall_positive),
+        "recall_exposure_weight": schema.recall_exposure_weight,
+        "recall_repeats": schema.recall_repeats,
     }
     return yaml.safe_dump(values, sort_keys=False)

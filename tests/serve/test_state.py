@@ -5,6 +5,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from recsys_dist.bundle import Bundle
 from recsys_dist.data.sources import parquet
 from recsys_dist.errors import StateError
+from recsys_dist.schema import Schema
 from recsys_dist.serve.api import Event, RecommendRequest
 from recsys_dist.serve.events import canonical, log_yaml
 from recsys_dist.serve.recommend import Recommender
@@ -171,11 +173,15 @@ def test_prepare_reads_the_recorded_log(bundle: Bundle, state: UserState, tmp_pa
     state.write_log()
     pq.write_table(bundle.users.attributes, tmp_path / "users.parquet")
     pq.write_table(bundle.items.attributes, tmp_path / "items.parquet")
-    (tmp_path / "log.yaml").write_text(log_yaml(bundle))
+    of_all = {"recall_exposure_weight": 0.3, "recall_repeats": True}
+    schema = Schema.parse({**bundle.encoders.schema.model_dump(), **of_all})
+    of_bundle = replace(bundle, encoders=replace(bundle.encoders, schema=schema))
+    (tmp_path / "log.yaml").write_text(log_yaml(of_bundle))
     cfg = parquet.recognise(str(tmp_path))
     assert cfg is not None
     source = parquet.Source(cfg)
-    assert [f.name for f in source.schema().features] == [f.name for f in bundle.encoders.schema.features]
+    table_rows = {schema.table(feature): feature.rows or 0 for feature in schema.ids}
+    assert source.schema().fitted(table_rows) == schema
     read = pa.concat_tables(table for part in source.parts() for table in source.read(part))
     assert sorted(read["item_id"].to_pylist()) == ["i1", "i2"]
     assert set(read["click"].to_pylist()) == {1}

@@ -109,6 +109,10 @@ class Config(SourceConfig):
     features: tuple[AnyFeature, ...] | None = None
     ranking_label: str | None = Field(default=None, description="default: the first binary label")
     recall_positive: tuple[str, ...] | None = Field(default=None, description="default: the ranking label")
+    recall_exposure_weight: float = Field(
+        default=0.0, ge=0, le=1, description="in recall training, of events that are no positives"
+    )
+    recall_repeats: bool = Field(default=False, description="learn to recall items shown before, too")
 
 
 class Source:
@@ -133,6 +137,8 @@ class Source:
                 "labels": [label.model_dump() for label in labels],
                 "ranking_label": ranking,
                 "recall_positive": positive,
+                "recall_exposure_weight": self.cfg.recall_exposure_weight,
+                "recall_repeats": self.cfg.recall_repeats,
                 "utc_offset_hours": self.cfg.utc_offset_hours,
             }
         )

@@ -103,7 +103,7 @@ def _limited(prepared: Prepared) -> str:
 
 
 def _hashed(prepared: Prepared) -> str:
-    """A line per hashed feature: more buckets let fewer values share a row."""
+    """A line per hashed categorical feature: more buckets let fewer values share a row."""
     found = prepared.manifest.collisions
     return "".join(f"{n!r} is hashed: {share:.1%} of its values share a row\n" for n, share in found.items())
 

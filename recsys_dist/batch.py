@@ -15,7 +15,7 @@ class Batch:
 
     dense     [B, F_dense] float32, columns in the order of `schema.dense`
     sparse    KeyedJaggedTensor with a key per feature of `schema.keys`, stride B; one id per row
-              for single-valued features, 0..max_length ids (oldest first) for sequences
+              for single-valued features, any number (oldest first) for lists of past events
     labels    name -> [B] float32
     weight    [B] float32; a padding row weighs 0 and so changes no loss, gradient or metric
     row_id    [B] int64, shard << 32 | row within the shard: where each row came from; padding is -1

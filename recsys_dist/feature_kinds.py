@@ -119,8 +119,8 @@ class Sessions(Feature):
 class Searches(Feature):
     """Words and pairs of adjacent words of the user's last `max_length` searches strictly before the event.
 
-    `column` is the event's text that its user searched for; the same text in several events on end is one
-    search. Hashed into a table of its own (Covington et al. 2016, §3.3: unigrams and bigrams, averaged).
+    `column` is the event's text that its user searched for; the same in several events on end, but for case
+    and surrounding space, is one search. Hashed into a table of its own (Covington et al. 2016, §3.3).
     """
 
     kind: Literal["searches"] = "searches"

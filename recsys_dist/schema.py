@@ -16,6 +16,7 @@ from recsys_dist.feature_kinds import (
     DenseFeature,
     IdFeature,
     ListFeature,
+    Numeric,
     Searches,
     Sequence,
     Sessions,
@@ -115,6 +116,12 @@ class Schema(Config):
                 f"searches {feature.name!r}: {feature.column!r} is not a column of the event itself, as the "
                 "text is that its user searched for"
             )
+        numbers = [f for f in self.features if isinstance(f, Numeric | Bucketed)]
+        if isinstance(feature, Searches) and feature.column in (f.column for f in numbers):
+            raise ValueError(
+                f"searches {feature.name!r}: another feature reads numbers from column {feature.column!r}, "
+                "where no text can be then; take another column for either"
+            )
         if isinstance(feature, Categorical) and feature.column == "item_id" and feature.hash_buckets:
             raise ValueError(
                 f"feature {feature.name!r}: items are recommended by the rows of their own id; leave out "
@@ -186,7 +193,7 @@ class Schema(Config):
 
     @property
     def lists(self) -> tuple[ListFeature, ...]:
-        """Features with a number per past event."""
+        """Features of past events: a number for each, or words."""
         return tuple(f for f in self.features if isinstance(f, ListFeature))
 
     @property

@@ -132,6 +132,12 @@ def test_a_wrong_label_is_named(changes: dict[str, Any], message: str) -> None:
         schema(**changes)
 
 
+def test_searches_and_numbers_do_not_share_a_column() -> None:
+    both = [{"kind": kind, "name": kind, "column": "found"} for kind in ("numeric", "searches")]
+    with pytest.raises(ConfigError, match="another feature reads numbers from column 'found'"):
+        schema(features=[*VALUES["features"], *both])
+
+
 def test_digest_follows_meaning() -> None:
     assert schema().digest() == schema().digest()
     assert schema(utc_offset_hours=8).digest() != schema().digest()

@@ -12,6 +12,8 @@ import pyarrow.compute as pc
 from recsys_dist.data import transforms
 from recsys_dist.feature_kinds import ListFeature, Searches
 
+_HAS_A_WORD = r"[\p{L}\p{N}]"
+
 
 @dataclass(frozen=True)
 class Timeline:
@@ -46,8 +48,8 @@ def listed(events: pa.Table, feature: ListFeature, user: np.ndarray, real: np.nd
     """
     if not isinstance(feature, Searches):
         return real if feature.where is None else real & (transforms.floats(events[feature.where]) > 0)
-    text = events[feature.column].combine_chunks().cast(pa.string())
-    given = np.asarray(pc.fill_null(pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(text)), 0), False))
+    text = pc.utf8_lower(pc.utf8_trim_whitespace(events[feature.column].combine_chunks().cast(pa.string())))
+    given = np.asarray(pc.fill_null(pc.match_substring_regex(text, _HAS_A_WORD), False))
     at = np.flatnonzero(given & real)
     code = np.asarray(text.take(pa.array(at)).dictionary_encode().indices)
     begins = np.r_[True, (code[1:] != code[:-1]) | (user[at][1:] != user[at][:-1])][: len(at)]

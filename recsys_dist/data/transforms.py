@@ -117,7 +117,7 @@ def cross(parts: list[np.ndarray], buckets: int) -> np.ndarray:
 def words(texts: pa.StringArray, bigrams: bool, buckets: int) -> pa.ListArray:
     """[n] lists of int32 in 1..buckets: the hashed words of each text, then its pairs of adjacent words.
 
-    Words are runs of letters and digits, in lower case; a null text has none.
+    Words are runs of letters, marks and digits, in Unicode's NFKC and lower case; a null text has none.
     """
     plain = pc.utf8_lower(pc.utf8_normalize(pc.fill_null(texts, ""), "NFKC"))
     listed = pc.split_pattern(pc.utf8_trim_whitespace(pc.replace_substring_regex(plain, _NO_WORD, " ")), " ")

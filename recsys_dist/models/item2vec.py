@@ -27,6 +27,7 @@ from torchrec import JaggedTensor
 from recsys_dist.batch import Batch
 from recsys_dist.config import Seed
 from recsys_dist.models.layers import DIM_UNIT
+from recsys_dist.models.precision import full
 from recsys_dist.models.protocol import Catalogue, ModelConfig, Task
 from recsys_dist.models.recall import (
     Negatives,
@@ -125,7 +126,7 @@ class Model(nn.Module):
                 weight = same * keep_V[i] * known_V[j]
                 loss_V[i] += weight * F.softplus(-(u_VD[i] * v_VD[j]).sum(dim=1))
                 pairs_V[i] += weight
-        others_V = F.softplus(u_VD @ drawn_SD.T).mean(dim=1)
+        others_V = F.softplus(full(u_VD @ drawn_SD.T)).mean(dim=1)
         loss_V = loss_V + pairs_V * self.cfg.negatives_per_pair * others_V
         return loss_V.new_zeros(batch.rows).index_add(0, of_V, loss_V) / self.longest
 

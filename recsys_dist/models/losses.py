@@ -9,7 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from recsys_dist.models.precision import by_hand
+from recsys_dist.models.precision import by_hand, full
 
 _CACHED_LOGITS = 1 << 17  # at once, on a CPU: half a MiB
 _FEWEST_ROWS = 32  # at once, however many items: fewer make poor matrix products
@@ -38,6 +38,7 @@ def sampled_softmax(
     `hit_BS` marks accidental hits, negatives that are the row's own positive; they are left out.
     Computed as softplus(logsumexp_j s_j - s⁺), which overflows for no finite logits.
     """
+    user_BD, positive_BD, negative_SD = full(user_BD), full(positive_BD), full(negative_SD)
     positive_B = (user_BD * positive_BD).sum(dim=1) - log_q_positive_B
     return F.softplus(log_partition(user_BD, negative_SD, log_q_negative_S, hit_BS) - positive_B)
 
@@ -106,6 +107,7 @@ def bayesian_personalised_ranking(
     positive_B: torch.Tensor, negative_BS: torch.Tensor, hit_BS: torch.Tensor
 ) -> torch.Tensor:
     """[B]  mean_j -log sigmoid(s⁺ - s_j) over negatives that are no accidental hits (Rendle et al. 2009)."""
+    positive_B, negative_BS = full(positive_B), full(negative_BS)
     kept_BS = (~hit_BS).to(positive_B.dtype)
     loss_BS = F.softplus(negative_BS - positive_B[:, None]) * kept_BS
     return loss_BS.sum(dim=1) / kept_BS.sum(dim=1).clamp(min=1)
@@ -127,6 +129,7 @@ def gbce(
     `gbce_beta` it takes out, as far as is asked, the overconfidence that comes of seeing only a few
     of the negatives. `hit_BS` as in `sampled_softmax`.
     """
+    positive_B, negative_BS = full(positive_B), full(negative_BS)
     others_B = F.softplus(negative_BS).masked_fill(hit_BS, 0.0).sum(dim=1)
     return (beta * F.softplus(-positive_B) + others_B) / (negative_BS.shape[1] + 1)
 

@@ -37,7 +37,7 @@ class Model(Ranker):
 
     @staticmethod
     def inputs(schema: Schema, cfg: Any) -> Schema:
-        """All features but sequences, or those that `cfg.features` names; ConfigError without a single id."""
+        """All features but lists, or those that `cfg.features` names; ConfigError without a single id."""
         if cfg.objective.tasks:
             raise ConfigError("lr: objective.tasks needs a trunk that tasks can share; take mlp")
         read = Ranker.inputs(schema, cfg)

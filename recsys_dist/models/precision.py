@@ -11,7 +11,7 @@ def full(x: torch.Tensor) -> torch.Tensor:
 
 
 def by_hand(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """`function.apply` of these, which must lie on one device: it sees floats of one type and no autocast."""
+    """`function.apply` of these, on one device all: it sees no autocast, and no floats of 16 bits."""
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
     with torch.autocast(tensors[0].device.type, enabled=False):
         found = [full(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]

@@ -56,7 +56,7 @@ class RankConfig(ModelConfig):
     """Settings that all rankers have."""
 
     features: tuple[str, ...] | None = Field(None, description="features to read; None reads all")
-    history: bool = Field(True, description="false leaves out what the user did before: sequences")
+    history: bool = Field(True, description="false leaves out what the user did before: sequences, searches")
     objective: Objective = Objective()
 
 
@@ -168,7 +168,7 @@ class Ranker(nn.Module):
 class Fields(nn.Module):
     """Embedded fields, and the linear model over single ids: one collection, so one exchange of workers.
 
-    A field is an id feature; ids of a sequence are pooled to their mean. All weights of the linear model
+    A field is an id feature; ids of a list are pooled to their mean. All weights of the linear model
     over one-hot ids lie in one table, a stretch of rows per feature, and start at zero.
     """
 

@@ -50,7 +50,7 @@ class Config(ModelConfig):
         64,
         ge=1,
         multiple_of=DIM_UNIT,
-        description="of the item's id and of tables that a sequence is read from",
+        description="of the item's id and of tables that past items or words are looked up in",
     )
     side_dim: int = Field(8, ge=1, multiple_of=DIM_UNIT, description="of all other tables")
     embedding_std: float = Field(0.05, gt=0, description="all tables start as N(0, std²)")

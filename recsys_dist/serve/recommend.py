@@ -110,7 +110,7 @@ class Recommender:
         self._position_of_row = np.r_[0, bundle.items.positions(bundle.item_ids)]
         self.spec = LogSpec.from_schema(bundle.encoders.schema)
         read = {column_of(f) for f in bundle.encoders.schema.features if not isinstance(f, Searches)}
-        self._wanted = [name for name in self.spec.context if name in read]  # searches are of the past
+        self._wanted = [name for name in self.spec.context if name in read]  # not searches
         offset_us = int(bundle.encoders.schema.utc_offset_hours * transforms.HOUR_US)
         self._earliest_us = bundle.encoders.freeze_day * transforms.DAY_US - offset_us
 
@@ -210,7 +210,7 @@ class Recommender:
             given = request.context
             reasons = [] if is_known else ["unknown_user"]
             reasons += [] if request.user_id in active else ["no_history"]
-            reasons += [f"unknown_context:{name}" for name in given if name not in self.spec.context]
+            reasons += [f"unknown_context:{name}" for name in given if name not in self._wanted]
             found.append(reasons + [f"missing_context:{n}" for n in self._wanted if given.get(n) is None])
         return found
 

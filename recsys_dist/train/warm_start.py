@@ -169,6 +169,8 @@ def _rows_of_feature(
     if feature in now or feature in then or rows != former_rows:
         return anew  # hashed once and listed once, or hashed into another number of rows
     of = here[0][feature]
+    if type(of) is not type(there[0][feature]):
+        return anew
     if isinstance(of, Cross):  # hashed from the rows of its parts
         if of != there[0][feature]:
             return anew

@@ -19,7 +19,7 @@ from recsys_dist.feature_kinds import (
 )
 from recsys_dist.schema import Label, Schema
 
-SEARCHES = ["Red shoes", "red  SHOES!", "blue-ray player", "Straße 5", "", "?!", "shoes"]
+SEARCHES = ["Red shoes", " red SHOES", "red  SHOES!", "blue-ray player", "Straße 5", "", "?!", "shoes"]
 FIRST_DAY = dt.date(2024, 3, 1)
 
 SCHEMA = Schema(

@@ -77,7 +77,7 @@ def sessions_of(times: list[dt.datetime]) -> list[int]:
 
 def searched(past: list[dict[str, Any]]) -> list[int]:
     """Buckets of words and pairs of the last two searches; one that goes on over several events is one."""
-    texts = [r["query"] for r in past if (r["query"] or "").strip()]
+    texts = [r["query"].strip().lower() for r in past if re.search(r"\w", r["query"] or "")]
     texts = [text for text, before in zip(texts, [None, *texts], strict=False) if text != before]
     rows = []
     for text in texts[-2:]:

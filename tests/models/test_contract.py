@@ -9,6 +9,7 @@ import torch
 from recsys_dist.batch import Batch
 from recsys_dist.config import rng_for
 from recsys_dist.errors import ConfigError
+from recsys_dist.models.layers import BatchNorm
 from recsys_dist.models.protocol import model_module, model_names
 from recsys_dist.schema import Schema
 from recsys_dist.train.loop import Loss
@@ -188,15 +189,32 @@ def test_unknown_ids_and_empty_histories_score(name: str) -> None:
     assert bool(torch.isfinite(model.loss(batch, 0)).all())
 
 
+def watched(model: Any) -> list[torch.dtype]:
+    """Filled with the types that a ranker's loss and all norms are given."""
+    found: list[torch.dtype] = []
+
+    def told(function: Any) -> Any:
+        return lambda x, *more: (found.append(x.dtype), function(x, *more))[1]
+
+    for norm in (module for module in model.modules() if isinstance(module, BatchNorm)):
+        norm.moments = told(norm.moments)
+    if model.task == "ranking":
+        model.label_loss = told(model.label_loss)
+    return found
+
+
 def test_autocast_learns_the_same_in_fewer_bits(name: str) -> None:
-    """The gradient points where that of 32 bits does; weights, gradients and what is remembered keep 32."""
+    """The gradient points where that of 32 bits does; losses get logits, and norms inputs, of 32."""
     found = []
     for autocast in (False, True):
-        model, schema = build(name)
+        module = model_module(name)
+        normed = module.Model.task == "ranking" and "norm" in module.Config.model_fields
+        model, schema = build(name, settings={"norm": "batch"} if normed else {})
+        dtypes = watched(model)
         loss = Loss(model.train(), autocast)
         loss(random_batch(schema, 256, rng_for(4, "rows")), 0).mean().backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-        assert all(state.dtype != torch.bfloat16 for state in model.state_dict().values())
+        assert set(dtypes) <= {torch.float32} and (dtypes or model.task == "recall")
     assert not torch.equal(*found)
     assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.99
     assert found[1].norm() == pytest.approx(float(found[0].norm()), rel=0.05)

@@ -196,6 +196,22 @@ def test_gbce_is_its_formula() -> None:
     np.testing.assert_allclose(n.grad.numpy(), np.where(hit, 0, q) / 8, rtol=1e-12)
 
 
+def test_losses_of_16_bits_are_computed_in_32() -> None:
+    """What autocast hands over is rounded once, and not at every step from there."""
+    rng = torch.Generator().manual_seed(0)
+    users, positives, negatives = (torch.randn(n, 8, generator=rng).bfloat16() for n in (6, 6, 9))
+    hit = torch.zeros(6, 9, dtype=torch.bool)
+    logits, others = (users * positives).sum(dim=1), users @ negatives.T
+    for loss, *given in (
+        (sampled_softmax, users, positives, negatives, torch.zeros(6), torch.zeros(9), hit),
+        (bayesian_personalised_ranking, logits, others, hit),
+        (gbce, logits, others, hit, 0.5),
+    ):
+        wide = [x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 else x for x in given]
+        found = loss(*given)
+        assert found.dtype == torch.float32 and torch.equal(found, loss(*wide))
+
+
 def test_gbce_undoes_the_overconfidence_of_sampling_at_full_calibration() -> None:
     """Where an item is the next one with probability p, negatives at rate a, the best guess is p at t = 1.
 

@@ -94,12 +94,15 @@ def test_excluded_items_never_come_back(recommender: Recommender) -> None:
 
 
 def test_a_stranger_gets_a_full_list_flagged(recommender: Recommender) -> None:
-    [answer] = ask(recommender, RecommendRequest(user_id="nobody", k=5, context={"colour": "red"}))
+    [answer] = ask(
+        recommender, RecommendRequest(user_id="nobody", k=5, context={"colour": "red", "query": "shoes"})
+    )
     assert len(answer.items) == 5
     assert answer.degraded == [
         "unknown_user",
         "no_history",
         "unknown_context:colour",
+        "unknown_context:query",  # what led to an event, which this is not
         "missing_context:device",
     ]
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys_dist.bundle import Bundle
+from recsys_dist.data import transforms
 from recsys_dist.data.sources import parquet
 from recsys_dist.errors import StateError
 from recsys_dist.schema import Schema
@@ -34,6 +35,11 @@ def event(item: str, at: str = "2024-03-20T10:00:00Z") -> Event:
             "context": {"device": "tv"},
         }
     )
+
+
+def searching(text: str) -> Event:
+    plain = event("i1")
+    return plain.model_copy(update={"context": {**plain.context, "query": text}})
 
 
 @pytest.fixture(params=["embedded", "redis"])
@@ -112,6 +118,24 @@ def test_a_bundle_reads_as_numbers_what_another_kept_as_text_and_as_text_what_it
     assert devices(texts) == ["tv", "3e1", None, "2", "2.5"]
     assert devices(numeric) == [None, 30, None, 2, 2.5]
     assert numeric.write_log() == 5
+
+
+def test_a_search_counts_once_an_event_tells_of_it(bundle: Bundle, state: UserState) -> None:
+    """That of a request itself is not yet the past, nor that of another request in its batch."""
+
+    def searched() -> list[list[int]]:
+        asked = [RecommendRequest(user_id="u1", context={"query": text}) for text in ("hats", "coats")]
+        work = Recommender(bundle, state)._begin(asked, budget_ms=60_000)
+        found: list[list[int]] = work.users["searched"].to_pylist()
+        return found
+
+    before = searched()
+    assert before[0] == before[1]
+    state.append(rows(bundle, event("i1"), searching("new words")))
+    after = searched()
+    assert after[0] == after[1] != before[0]
+    new = transforms.words(pa.array(["new words"]), True, 64).flatten().to_pylist()
+    assert after[0][-3:] == new
 
 
 def test_events_are_written_to_the_log_once_by_day(

@@ -99,6 +99,9 @@ def test_without_workers_it_is_the_run_of_one(data, tmp_path):
     cfg, threads = config(data, epochs=1, refit=False), torch.get_num_threads()
     here, one = (trainer.fit(cfg.override([f"num_workers={n}"]), tmp_path / str(n)) for n in (0, 1))
     assert_same(here.checkpoint, one.checkpoint)
+    bits = trainer.fit(cfg.override(["num_workers=0", "autocast=bf16"]), tmp_path / "bits")
+    assert bits.history[0]["loss"] == pytest.approx(here.history[0]["loss"], rel=0.01)
+    assert bits.history[0]["loss"] != here.history[0]["loss"]
     assert not dist.is_initialized(), "the next one starts as this one did"
     assert torch.get_num_threads() == threads and "_Paced" not in str(ray.data.DataContext.get_current())
     bad = prepared.make(tmp_path / "bad", bad_row=7)

@@ -196,5 +196,11 @@ def test_crosses_are_taken_where_values_of_their_parts_keep_their_rows(tmp_path)
     more = {"user": [*THEN["user"], "dan"], "item": ["x", *THEN["item"][1:4]]}  # rows kept: one new, one gone
     grown = warm_start.row_map(stretch, stretch, with_cross(more, "e"), with_cross(THEN, "f"))
     np.testing.assert_array_equal(grown, np.arange(7))
+    words = with_cross(THEN, "w")
+    feature = {"kind": "searches", "name": "user_x_item", "column": "query", "hash_buckets": 6, "rows": 7}
+    features = [f if f.name != "user_x_item" else feature for f in words[0].features]
+    words = Schema.parse({**words[0].model_dump(), "features": features}), words[1]
+    anew = warm_start.row_map(stretch, stretch, words, with_cross(THEN, "x"))
+    np.testing.assert_array_equal(anew, np.full(7, -1))  # as many rows, of something else
     other = warm_start.row_map(stretch, stretch, with_cross(NOW, "c"), with_cross(THEN, "d"))
     np.testing.assert_array_equal(other, np.full(7, -1))

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,10 @@ def test_a_search_counts_once_an_event_tells_of_it(bundle: Bundle, state: UserSt
     """That of a request itself is not yet the past, nor that of another request in its batch."""
 
     def searched() -> list[list[int]]:
-        asked = [RecommendRequest(user_id="u1", context={"query": text}) for text in ("hats", "coats")]
+        asked = [
+            RecommendRequest(user_id="u1", context={"query": text}, timestamp=at)
+            for text, at in (("hats", datetime(2024, 3, 21, tzinfo=UTC)), ("coats", None))
+        ]
         work = Recommender(bundle, state)._begin(asked, budget_ms=60_000)
         found: list[list[int]] = work.users["searched"].to_pylist()
         return found

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from recsys_dist.batch import Batch
 from recsys_dist.data.collate import collate, columns
@@ -32,9 +33,10 @@ _FLOAT, _ID = 4, 4  # bytes
 _ADAM = 2  # floats of state per dense weight
 _REHEARSED_ROWS = 4096  # at most; a larger part of a batch is taken to need in proportion
 _COUNTED_ROWS = 512  # whose ids are counted
-# Resident in a worker that has trained the smallest model: Python, torch, TorchRec and Ray (CPU builds,
-# 2026-11-23; to measure it by importing them anew takes 7 s). A test holds it to what runs take.
-_PROCESS_BYTES = 567 << 20
+# Resident in a worker that has trained the smallest model: Python, torch, TorchRec and Ray (2026-11-23; CUDA
+# builds, on a machine without a GPU, 353 MiB more, 2026-12-01; to measure it anew by importing them takes 7 s).
+# A test holds it to what runs take.
+_PROCESS_BYTES = (567 if torch.version.cuda is None else 920) << 20
 # What the heap keeps over what is live in it: memory freed in one shape does not always fit the next, and the
 # matrix library packs its operands (8,192 rows, 2026-11-23: DIN 1.7 times, a tower of 1024-512 3.4 times).
 _HEAP = 2.5

@@ -34,7 +34,7 @@ _ADAM = 2  # floats of state per dense weight
 _REHEARSED_ROWS = 4096  # at most; a larger part of a batch is taken to need in proportion
 _COUNTED_ROWS = 512  # whose ids are counted
 # Resident in a worker that has trained the smallest model: Python, torch, TorchRec and Ray (2026-11-23; CUDA
-# builds, on a machine without a GPU, 353 MiB more, 2026-12-01; to measure it anew by importing them takes 7 s).
+# builds, where there is no GPU, 353 MiB more, 2026-12-01; to measure it anew by importing them takes 7 s).
 # A test holds it to what runs take.
 _PROCESS_BYTES = (567 if torch.version.cuda is None else 920) << 20
 # What the heap keeps over what is live in it: memory freed in one shape does not always fit the next, and the

@@ -111,17 +111,8 @@ class Schema(Config):
                 raise ValueError(f"feature {feature.name!r}: no label {name!r}{nearest(name, labels)}")
         if isinstance(feature, Statistic):
             self._check_statistic(feature)
-        if isinstance(feature, Searches) and side(feature.column) != "context":
-            raise ValueError(
-                f"searches {feature.name!r}: {feature.column!r} is not a column of the event itself, as the "
-                "text is that its user searched for"
-            )
-        numbers = [f for f in self.features if isinstance(f, Numeric | Bucketed)]
-        if isinstance(feature, Searches) and feature.column in (f.column for f in numbers):
-            raise ValueError(
-                f"searches {feature.name!r}: another feature reads numbers from column {feature.column!r}, "
-                "where no text can be then; take another column for either"
-            )
+        if isinstance(feature, Searches):
+            self._check_searches(feature)
         if isinstance(feature, Categorical) and feature.column == "item_id" and feature.hash_buckets:
             raise ValueError(
                 f"feature {feature.name!r}: items are recommended by the rows of their own id; leave out "
@@ -141,6 +132,18 @@ class Schema(Config):
                 isinstance(known, Categorical | Bucketed) and side(known.column) == "item"
             ):
                 raise ValueError(f"sequence {feature.name!r}: {parent!r} is not an id feature of the item")
+
+    def _check_searches(self, feature: Searches) -> None:
+        if side(feature.column) != "context":
+            raise ValueError(
+                f"searches {feature.name!r}: {feature.column!r} is not a column of the event itself, as the "
+                "text is that its user searched for"
+            )
+        if any(f.column == feature.column for f in self.features if isinstance(f, Numeric | Bucketed)):
+            raise ValueError(
+                f"searches {feature.name!r}: another feature reads numbers from column {feature.column!r}, "
+                "where no text can be then; take another column for either"
+            )
 
     def _check_statistic(self, feature: Statistic) -> None:
         if feature.key.startswith("users."):

@@ -21,6 +21,7 @@ from torchrec import KeyedJaggedTensor
 
 from recsys_dist.batch import Batch
 from recsys_dist.errors import NonFiniteLossError, RecsysError
+from recsys_dist.models.precision import full
 from recsys_dist.schema import Schema
 from recsys_dist.train.optim import Optimizers
 from recsys_dist.train.sampling import Stopwatch, Use, added, table_use
@@ -98,7 +99,7 @@ class Loss(nn.Module):
     def forward(self, batch: Batch, step: int) -> torch.Tensor:
         """[B] loss of each row."""
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.autocast):
-            return self.model.loss(batch, step).float()
+            return full(self.model.loss(batch, step))
 
 
 @dataclass

@@ -22,6 +22,12 @@ def configure(threads: int) -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def slow_between_avx_and_sse() -> bool:
+    """Whether this is one of Intel's cores since Golden Cove, told by AVX-VNNI, which came with them."""
+    told = Path("/proc/cpuinfo").read_text()
+    return "GenuineIntel" in told and re.search(r"\bavx_vnni\b", told) is not None
+
+
 def peak_bytes() -> int:
     """The most that was resident of this process so far, with what it shares (`VmHWM`, see proc(5))."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())

@@ -21,6 +21,7 @@ DOORS = {  # dependency: the only modules that may name it
     "mlflow": ("recsys_dist.delivery", "recsys_dist.registry"),
     "faiss": ("recsys_dist.index",),
     "redis": ("recsys_dist.serve.redis_state",),
+    "fbgemm_gpu": ("recsys_dist.train.kernels",),
     # the other is what we are measured by: a loop that has nothing of ours
     "torchrec.distributed": (
         "recsys_dist.train.sharding",

@@ -16,6 +16,7 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.types import ShardingPlan
 
+from recsys_dist.train import kernels
 from recsys_dist.train.collectives import connect
 from recsys_dist.train.increments import Touched
 from recsys_dist.train.optim import OptimizerConfig, Optimizers, attach, table_rules
@@ -99,6 +100,7 @@ def shard(
 
     `groups` is the model's `table_groups()`. Raises ConfigError for a plan that cannot train rightly.
     """
+    kernels.choose()
     rules = table_rules(model, groups, optimizer)
     tables = tables_of(model)
     connect(model)

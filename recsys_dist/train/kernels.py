@@ -2,9 +2,9 @@
 
 Two backward passes are slow, and can be gone around from here:
 
-- That of lookups without pooling (a vector per id, as SASRec reads histories) gathers gradients in nested hash
-  maps. The same lookup are bags of one id each, in one table of which the group's are stretches: a tenth of
-  the time, and the same weights to the last bit.
+- That of lookups without pooling (a vector per id, as SASRec reads histories) gathers gradients in nested
+  hash maps. The same lookup are bags of one id each, in one table of which the group's are stretches: a
+  tenth of the time, and the same weights to the last bit.
 - That of row-wise Adagrad generates, for a table with one feature, machine code that goes from AVX to SSE
   and back at every row. Intel's cores since Golden Cove take hundreds of cycles for that. A table with
   several features is left to compiled code: a sixth of the time there, the same but for rounding. So a

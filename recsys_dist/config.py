@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from recsys_dist.errors import ConfigError
 
@@ -19,6 +19,16 @@ class Config(BaseModel):
     """Base of every config: immutable, unknown keys refused, errors in the project's own words."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_number_is_true(cls, values: Any) -> Any:
+        """YAML has `on`, `no` and `false`, of which pydantic would make 1 and 0."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and not _may_be(bool, field.annotation):
+                raise ValueError(f"{name} cannot be {str(value).lower()}")
+        return values
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> Self:
@@ -112,9 +122,16 @@ def _explain(error: ValidationError, cls: type[BaseModel]) -> str:
         elif isinstance(own := problem.get("ctx", {}).get("error"), ConfigError):
             lines.append(f"setting {where!r}: {own}")  # in our words already, with what was given
         else:
-            given = "" if problem["type"] == "missing" else f" (given: {problem['input']!r:.80})"
-            lines.append(f"setting {where or cls.__name__!r}: {problem['msg']}{given}")
+            whole = problem["type"] == "missing" or isinstance(problem["input"], dict)
+            given = "" if whole else f" (given: {problem['input']!r:.80})"
+            said = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"setting {where or cls.__name__!r}: {said}{given}")
     return "; ".join(lines)
+
+
+def _may_be(kind: type, annotation: Any) -> bool:
+    """Whether a field's annotation names `kind`, or anything at all."""
+    return annotation in (kind, Any) or any(_may_be(kind, arg) for arg in getattr(annotation, "__args__", ()))
 
 
 def _known_keys(cls: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

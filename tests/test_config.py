@@ -51,6 +51,8 @@ def test_override_leaves_the_original_alone() -> None:
         ("trian.epochs=3", "no setting 'trian'; did you mean 'train'?"),
         ("train.epochs=0", r"setting 'train.epochs': .*greater than or equal to 1 \(given: 0\)"),
         ("train.epochs=many", r"'train.epochs'.*valid integer.*\(given: 'many'\)"),
+        ("train.epochs=no", "setting 'train': epochs cannot be false$"),
+        ("train.learning_rate=on", "setting 'train': learning_rate cannot be true$"),
         ("train.epochs", "not of the form key=value"),
         ("train.epochs.first=1", "'train.epochs' has no settings below it"),
         ("train=[", "not valid YAML"),

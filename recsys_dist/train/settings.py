@@ -62,8 +62,8 @@ class TrainConfig(Config):
     patience: int = Field(1, ge=1, description="epochs without a better metric before stopping")
     metric: str | None = Field(
         None,
-        pattern=r"^(auc|gauc|logloss|(recall|user_recall|ndcg)@[1-9]\d*)$",
-        description="chooses the epoch; default: auc for ranking, recall@100 (any cut will do) for recall",
+        pattern=r"^(auc|gauc|logloss|(recall|user_recall|ndcg)@[1-9]\d{0,3})$",
+        description="chooses the epoch; default: auc for ranking, recall@100 (any cut to 9999) for recall",
     )
     refit: bool = Field(True, description="train anew on train + validation days for the chosen epochs")
     calibration: CalibrationKind = Field(

@@ -223,7 +223,7 @@ def test_settings_that_do_not_go_together_are_refused_before_anything_starts(dat
     assert "'auc' is not one of a recall model; take recall@100 or" in message(
         model={"name": "youtubednn"}, metric="auc"
     )
-    assert "'metric'" in message(metric="recall@0")
+    assert "'metric'" in message(metric="recall@0") and "'metric'" in message(metric="recall@10000")
     assert "set patience=2 or more" in message(patience=1, optimizer={"plateau": 0.1})
     assert "did you mean 'click'" in message(label="clik")
     assert "did you mean 'wide_deep'" in message(model={"name": "wide_dep"})

@@ -44,11 +44,19 @@ def naming(url: str) -> Iterator[None]:
         raise SourceError(f"{url}: cannot be read, {_reason(error)}") from None
 
 
+def local(path: str) -> Path:
+    """A path of this machine, with ~ for a home; SourceError where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise SourceError(f"{path}: there is no user of that name here; write the directory out") from None
+
+
 def open_file(url: str) -> tuple[pafs.FileSystem, str]:
     """The file system of a local path or URL (s3://, gs://, any that fsspec knows), and the path in it."""
     match = URL.match(url)
     if not match:
-        return pafs.LocalFileSystem(), str(Path(url).expanduser().absolute())
+        return pafs.LocalFileSystem(), str(local(url).absolute())
     try:
         return pafs.FileSystem.from_uri(url)
     except pa.ArrowInvalid:

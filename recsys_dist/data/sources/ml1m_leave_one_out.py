@@ -72,7 +72,7 @@ class Source:
         return [Part(name, files.find(path, (".txt", ".dat"))[0].url) for name, path in paths.items()]
 
     def read(self, part: Part) -> Iterator[pa.Table]:
-        split = _Published.read(Path(self.cfg.path, FOLDER).expanduser())
+        split = _Published.read(files.local(self.cfg.path) / FOLDER)
         match part.name:
             case "train_input.txt":
                 sizes = np.bincount(split.owner)

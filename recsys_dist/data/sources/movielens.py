@@ -108,7 +108,7 @@ class Source:
         return Path(self._path(name)).is_file()
 
     def _path(self, name: str) -> str:
-        return str(Path(self.cfg.path).expanduser().absolute() / name)
+        return str(files.local(self.cfg.path).absolute() / name)
 
 
 def recognise(given: str) -> Config | None:

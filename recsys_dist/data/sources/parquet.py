@@ -211,7 +211,7 @@ class Source:
 
 def recognise(given: str) -> Config | None:
     """The config in a YAML file, or in `log.yaml` of a directory; its paths are relative to that file."""
-    path = Path(given).expanduser()
+    path = files.local(given)
     path = path / "log.yaml" if path.is_dir() else path
     if not path.is_file() or path.suffix not in (".yaml", ".yml"):
         return None
@@ -224,7 +224,7 @@ def recognise(given: str) -> Config | None:
 def _relative_to(base: Path, value: Any) -> Any:
     match value:
         case str():
-            return value if files.URL.match(value) else str(base / Path(value).expanduser())
+            return value if files.URL.match(value) else str(base / files.local(value))
         case list():
             return [_relative_to(base, entry) for entry in value]
         case {"path": path, **rest}:

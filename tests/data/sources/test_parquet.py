@@ -289,3 +289,8 @@ def test_derived_names_never_collide(mine: Path) -> None:
     (mine / "users.csv").write_text("uid,id,count\n0,5,1.5\n1,5,2.5\n2,6,3.5\n")
     names = [feature.name for feature in opened(mine).schema().features]
     assert {"user", "user_id_2", "user_count", "user_count_2"} <= set(names)
+
+
+def test_a_home_that_there_is_not_is_named() -> None:
+    with pytest.raises(SourceError, match=r"~nobody-of-that-name/log\.yaml: there is no user"):
+        recognise("~nobody-of-that-name/log.yaml")

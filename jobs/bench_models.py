@@ -40,7 +40,7 @@ Rates = dict[Key, list[float]]  # rows per second, one a repeat
 
 def chosen(models: str) -> list[str]:
     """Names from `all` or a list with commas; ConfigError for one that does not exist."""
-    known = [name for name in model_names() if name != "youtubednn_ranking"]  # the MLP's tower
+    known = [name for name in model_names(counted=False) if name != "youtubednn_ranking"]  # the MLP's tower
     wanted = known if models == "all" else models.split(",")
     for name in wanted:
         if name not in known:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from jobs.command import options, settings_help
 from recsys_dist.config import load_yaml, nearest
 from recsys_dist.errors import ConfigError
+from recsys_dist.models.protocol import COUNTED
 from recsys_dist.tracking import TrackingConfig
 from recsys_dist.train.settings import TrainConfig
 
@@ -67,6 +68,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "patience": 3,
         "optimizer": {"deep": {"lr": 0.15}},
     },
+    **{name: {"model": {"name": name}} for name in COUNTED},
 }
 
 # What `python -m jobs.tune` searches, by model, where it is given no file.

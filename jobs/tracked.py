@@ -108,7 +108,7 @@ def figures_of(cfg: TrainConfig, fitted: FitResult, evaluation: dict[str, Any] |
         },
     )
     gradients = _gradients(cfg, told)
-    figures: list[Plot] = [loss, curve, *([gradients] if gradients.lines else [])]
+    figures: list[Plot] = [*([loss] if loss.lines else []), curve, *([gradients] if gradients.lines else [])]
     if evaluation and "reliability" in evaluation:
         found = evaluation["reliability"]
         title = f"{cfg.model.name}: are its probabilities right?"

@@ -19,7 +19,10 @@ def summary(result: trainer.FitResult, cfg: TrainConfig) -> str:
     epochs = "\n".join(
         f"  epoch {entry['epoch']}: loss {entry['loss']:.4f}, {metric} {entry[metric]:.4f}"
         for entry in result.history
+        if "loss" in entry
     )
+    if not epochs:  # it counts
+        return f"{cfg.model.name}: {metric} {result.history[0][metric]:.4f}\ncheckpoint: {result.checkpoint}"
     refit = ", then trained anew with the validation days" if cfg.refit else ""
     return (
         f"{cfg.model.name}, validated after each epoch:\n{epochs}\n"

@@ -108,7 +108,7 @@ class Bundle:
             ranking=_load(directory, facts, "ranking", encoders.schema, positives),
             positives=positives,
             item_vectors=vectors,
-            index=index.load(directory / _INDEX, vectors) if _INDEX in facts.files else index.Exact(vectors),
+            index=index.load(directory / _INDEX, vectors) if _INDEX in facts.files else index.exact(vectors),
             events=pq.read_table(directory / "events.parquet"),
             seen=pq.read_table(directory / "seen.parquet"),
             golden=json.loads((directory / GOLDEN).read_text()) if GOLDEN in facts.files else [],

@@ -40,7 +40,7 @@ class IndexConfig(Config):
 
 
 class Index(Protocol):
-    """What finds items. `kind` is "exact" or "ivf"; thread-safe."""
+    """What finds items. `kind` is "exact", "ivf" or "scores"; thread-safe."""
 
     kind: ClassVar[str]
 
@@ -66,13 +66,19 @@ class Exact:
         self, queries: np.ndarray, k: int, excluded: Excluded = None, allowed: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         scores = (torch.from_numpy(queries) @ torch.from_numpy(self.vectors).T).numpy()
-        scores[:, 0] = -np.inf
-        if allowed is not None:
-            scores[:, ~allowed] = -np.inf
-        if excluded is not None:
-            of_query = np.repeat(np.arange(len(excluded)), [len(rows) for rows in excluded])
-            scores[of_query, np.concatenate([*excluded, np.empty(0, np.int32)]).astype(np.int64)] = -np.inf
-        return _best(scores, k)
+        return _best_left(scores, k, excluded, allowed)
+
+
+@dataclass(frozen=True)
+class Given:
+    """The queries are scores of all items already, [Q, I]: of models that have no vectors of items."""
+
+    kind: ClassVar[str] = "scores"
+
+    def search(
+        self, queries: np.ndarray, k: int, excluded: Excluded = None, allowed: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return _best_left(queries.copy(), k, excluded, allowed)
 
 
 @dataclass(frozen=True)
@@ -116,14 +122,19 @@ class Ivf:
         faiss.write_index(self.inverted, str(path))
 
 
+def exact(vectors: np.ndarray) -> Index:
+    """What misses nothing."""
+    return Exact(vectors) if vectors.shape[1] else Given()
+
+
 def build(vectors: np.ndarray, cfg: IndexConfig | None = None, queries: np.ndarray | None = None) -> Index:
     """The index of item vectors [I, D] float32; `queries` [n, D] are such as will come (default: items).
 
     IVF looks at as few lists as give `cfg.recall` of the exact result on those queries.
     """
     cfg = cfg or IndexConfig()
-    if len(vectors) <= cfg.exact_rows:
-        return Exact(vectors)
+    if len(vectors) <= cfg.exact_rows or not vectors.shape[1]:
+        return exact(vectors)
     index = Ivf(_inverted(vectors, cfg), len(vectors))
     rng = rng_for(cfg.seed, "index queries")
     asked = vectors[1:] if queries is None else queries
@@ -151,7 +162,7 @@ def load(path: Path, vectors: np.ndarray) -> Ivf:
 
 def recall(index: Index, vectors: np.ndarray, queries: np.ndarray, k: int) -> float:
     """Share of the k best items that `index` finds, over `queries` [Q, D]."""
-    return overlap(index.search(queries, k)[0], Exact(vectors).search(queries, k)[0])
+    return overlap(index.search(queries, k)[0], exact(vectors).search(queries, k)[0])
 
 
 def overlap(found: np.ndarray, truth: np.ndarray) -> float:
@@ -178,6 +189,19 @@ def _without(rows: np.ndarray, allowed: np.ndarray | None, of_rows: int) -> np.n
     left = np.ones(of_rows, bool) if allowed is None else allowed.copy()
     left[rows] = False
     return left
+
+
+def _best_left(
+    scores: np.ndarray, k: int, excluded: Excluded, allowed: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `Index.search` gives for these scores [Q, I], which it writes over."""
+    scores[:, 0] = -np.inf
+    if allowed is not None:
+        scores[:, ~allowed] = -np.inf
+    if excluded is not None:
+        of_query = np.repeat(np.arange(len(excluded)), [len(rows) for rows in excluded])
+        scores[of_query, np.concatenate([*excluded, np.empty(0, np.int32)]).astype(np.int64)] = -np.inf
+    return _best(scores, k)
 
 
 def _best(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -24,10 +24,10 @@ from recsys_dist.config import rng_for
 from recsys_dist.data.prepared import Manifest, Prepared
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.evaluate import EvaluateConfig, Trained, evaluate_ranking, evaluate_recall, write_json
-from recsys_dist.evaluate.item_cosine import similarity
 from recsys_dist.outbox import Recorder
 from recsys_dist.schema import Schema
 from recsys_dist.tracking import TrackingConfig, open_run
+from recsys_dist.train.item_cosine import similarity
 
 USERS, ITEMS = 25, 15  # of which user 0 and item 0 are unknown
 CFG = EvaluateConfig(batch_rows=16, ks=(1, 3, 10), bootstrap=20, item_pairs=0)

@@ -17,11 +17,11 @@ from recsys_dist.baselines import history_scores, popularity_scores
 from recsys_dist.data.collate import collate
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import DataError
-from recsys_dist.evaluate.item_cosine import similarity
 from recsys_dist.evaluate.ranking import item_positives
 from recsys_dist.evaluate.trained import EvaluateConfig, Trained
 from recsys_dist.metrics import RetrievalState, intervals, retrieval_replicates
-from recsys_dist.train.validate import csr, item_vectors, top_items
+from recsys_dist.train.item_cosine import similarity
+from recsys_dist.train.validate import csr, item_vectors, scored, top_items
 
 Score = Callable[[pa.Table], torch.Tensor]  # users -> [U, I], written over by the caller
 _BLOCK_SCORES = 1 << 23  # users are ranked in blocks of about this many scores (32 MB)
@@ -88,7 +88,7 @@ def _blocks(prepared: Prepared, split: str, rows: int) -> Iterator[pa.Table]:
 
 def _by_model(trained: Trained, item_ID: torch.Tensor, users: pa.Table) -> torch.Tensor:
     with torch.no_grad():
-        return trained.model(collate(users, trained.schema)) @ item_ID.T
+        return scored(trained.model(collate(users, trained.schema)), item_ID)
 
 
 def _by_cosine(similar: sp.csr_matrix | np.ndarray, popular: torch.Tensor, users: pa.Table) -> torch.Tensor:

@@ -33,6 +33,11 @@ class ModelConfig(Config):
         """Whether training must count `Catalogue.occurrences`: one more pass over its rows."""
         return False
 
+    @property
+    def asks_neighbours(self) -> int:
+        """How many `Catalogue.neighbours` of each item must be counted."""
+        return 0
+
 
 @dataclass(frozen=True)
 class Catalogue:
@@ -45,12 +50,15 @@ class Catalogue:
                to train, stands for its positives
     occurrences  table -> [its rows] int64: how many training rows have the id, in any feature of the table;
                there only for a model whose config asks for it
+    neighbours  [I, M] int32 items that the same users were shown, 0 where there are fewer, and [I, M] float32
+               their cosines; only for a model whose config asks for them
     """
 
     positives: torch.Tensor
     features: Mapping[str, torch.Tensor] = field(default_factory=dict)
     weight: torch.Tensor | None = None
     occurrences: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    neighbours: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class Model(Protocol):
@@ -62,6 +70,8 @@ class Model(Protocol):
 
     A recall model with `every_position = True` learns what follows each position of its one sequence
     feature: it is trained on few rows that hold each event as a target once (`data.examples.chunks`).
+
+    A model with `counted = True` has all that it knows from its catalogue, and no loss: `train.counted`.
     """
 
     task: ClassVar[Task]
@@ -146,7 +156,10 @@ class RecallModel(Model, Protocol):
         ...
 
     def item_vectors(self) -> torch.Tensor:
-        """[rows of the item table, D]; row 0 is the unknown item and is never recommended."""
+        """[rows of the item table, D]; row 0 is the unknown item and is never recommended.
+
+        With D = 0 `forward` gives the scores of all items, [B, rows of the item table], itself.
+        """
         ...
 
 
@@ -166,10 +179,14 @@ SHARED = (
 )
 
 
-def model_names() -> list[str]:
-    """Every file of `models/` that defines `Config` and `Model` of its own."""
+# Of the others those whose model has `counted = True`.
+COUNTED = ("itemcf", "popularity")
+
+
+def model_names(counted: bool = True) -> list[str]:
+    """Every file of `models/` that defines `Config` and `Model` of its own; or those that learn by steps."""
     names = [m.name for m in pkgutil.iter_modules(recsys_dist.models.__path__)]
-    return [n for n in names if n not in SHARED]
+    return [n for n in names if n not in SHARED and (counted or n not in COUNTED)]
 
 
 def model_module(name: str) -> ModuleType:

@@ -7,8 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
 from recsys_dist.errors import CheckpointError, NonFiniteLossError, StoreError
@@ -25,7 +27,7 @@ from recsys_dist.train.checkpoint import (
     live_state,
 )
 from recsys_dist.train.increments import Base, Touched
-from recsys_dist.train.loop import Workers
+from recsys_dist.train.loop import Loss, Workers
 from recsys_dist.train.pieces import copied, local
 from recsys_dist.train.sharding import ShardedModel
 from recsys_dist.train.storage import AnyPath
@@ -50,6 +52,12 @@ def save(
     if sharded.touched is not None:
         sharded.touched.begin(saved.as_base())
     return saved
+
+
+def save_whole(root: AnyPath, model: nn.Module, catalogue: Catalogue, manifest: Manifest) -> Checkpoint:
+    """The same of a model that no workers share and no optimizer has a state of."""
+    weights = {f"weights.{name}": weight for name, weight in Loss(model).state_dict().items()}
+    return _write(root, weights | _of_items(catalogue), manifest, Workers())
 
 
 class Background:
@@ -107,9 +115,13 @@ class Background:
 
 
 def _state(sharded: ShardedModel, catalogue: Catalogue) -> dict[str, Any]:
-    state = {**live_state(sharded), f"{CATALOGUE}positives": catalogue.positives}
-    state |= {f"{ITEM_FEATURE}{name}": values for name, values in catalogue.features.items()}
-    return state | {f"dense.{key}": value for key, value in sharded.optimizers.state().items()}
+    dense = {f"dense.{key}": value for key, value in sharded.optimizers.state().items()}
+    return {**live_state(sharded), **_of_items(catalogue), **dense}
+
+
+def _of_items(catalogue: Catalogue) -> dict[str, torch.Tensor]:
+    features = {f"{ITEM_FEATURE}{name}": values for name, values in catalogue.features.items()}
+    return {f"{CATALOGUE}positives": catalogue.positives, **features}
 
 
 def _finite(state: dict[str, Any]) -> bool:

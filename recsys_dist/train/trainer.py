@@ -35,6 +35,7 @@ from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import CheckpointError, ConfigError, RecsysError, SupersededError, TrainError
 from recsys_dist.train import storage
 from recsys_dist.train.checkpoint import MANIFEST, committed, verify
+from recsys_dist.train.counted import count, counts
 from recsys_dist.train.fence import FENCE, take_over
 from recsys_dist.train.plan import Plan, plan
 from recsys_dist.train.pretrained import RESULT
@@ -85,6 +86,10 @@ def fit(cfg: TrainConfig, out: str | Path, on_report: OnReport | None = None) ->
     run = run_directory(cfg, prepared, out)
     _forget_what_is_damaged(cfg, run)
     with _reports(run / PROGRESS, on_report):
+        if not (run / RESULT).exists() and counts(cfg):
+            run.mkdir(parents=True, exist_ok=True)
+            write_text(cfg.to_yaml(), run / "config.yaml")
+            count(cfg, prepared, run)
         if not (run / RESULT).exists():
             refuse_what_does_not_fit(cfg, planned(cfg, prepared))
             if cfg.checkpoints is not None:
@@ -151,6 +156,10 @@ def _forget_what_is_damaged(cfg: TrainConfig, run: Path) -> None:
 def planned(cfg: TrainConfig, prepared: Prepared) -> list[Plan]:
     """What is placed where, by the fewest workers and by the most; ConfigError where it cannot be trained."""
     cfg.check(prepared)
+    if counts(cfg):
+        raise ConfigError(
+            f"{cfg.model.name} counts, and has no tables that could be placed: leave out --plan"
+        )
     return [plan(cfg, prepared, n) for n in sorted({cfg.fewest_workers, cfg.most_workers})]
 
 

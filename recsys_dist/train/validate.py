@@ -58,8 +58,13 @@ def recall_users(
     user_BD = model.forward(padded(table, schema, idle))
     if table is None:
         return None
-    top_UK = top_items(user_BD[: len(table)] @ item_ID.T, k, csr(table["seen"]))
+    top_UK = top_items(scored(user_BD[: len(table)], item_ID), k, csr(table["seen"]))
     return RetrievalState.of(top_UK, *csr(table["truth"]), len(item_ID))
+
+
+def scored(user_UD: torch.Tensor, item_ID: torch.Tensor) -> torch.Tensor:
+    """[U, I] scores, of its own memory, from what a recall model gives of users and of items."""
+    return user_UD @ item_ID.T if item_ID.shape[1] else user_UD.clone()
 
 
 def top_items(

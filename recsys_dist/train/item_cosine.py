@@ -1,4 +1,4 @@
-"""Which items the same users were shown, over the cluster: the similarities of the item-to-item baseline.
+"""Which items the same users were shown, over the cluster: similarities of ItemCF, model and baseline.
 
 One task per group of users reads who was shown what; one per stretch of items counts users of two items,
 exactly, and keeps the most similar ones. Memory of a task is bounded by its stretch.
@@ -29,6 +29,30 @@ def similarity(prepared: Prepared, split: str, most: int) -> sp.csr_matrix | np.
     Each column has its `most` similar items alone; an array where that is all of them. History rows count,
     the unknown item does not.
     """
+    item_rows = len(prepared.items) + 1
+    found = _nearest(prepared, split, most)
+    if most >= item_rows:
+        whole = np.zeros((item_rows, item_rows), np.float32)
+        for item, other, cosine in found:
+            whole[other, item] = cosine
+        return whole
+    item, other, cosine = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return sp.csr_matrix((cosine, (other, item)), shape=(item_rows, item_rows))
+
+
+def neighbours(prepared: Prepared, split: str, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """[I, most] int32 items that are most like each, best first, then 0; and [I, most] float32 cosines."""
+    rows = len(prepared.items) + 1
+    others, cosines = np.zeros((rows, most), np.int32), np.zeros((rows, most), np.float32)
+    for item, other, cosine in _nearest(prepared, split, most):
+        first = np.r_[True, item[1:] != item[:-1]]  # an item's come one after the other
+        place = np.arange(len(item)) - np.maximum.accumulate(np.where(first, np.arange(len(item)), 0))
+        others[item, place], cosines[item, place] = other, cosine
+    return others, cosines
+
+
+def _nearest(prepared: Prepared, split: str, most: int) -> Iterator[list[np.ndarray]]:
+    """What `baselines.nearest_items` gives, a stretch of the items at a time."""
     session.connect()
     pipeline.quiet()
     item_rows = len(prepared.items) + 1
@@ -40,14 +64,7 @@ def similarity(prepared: Prepared, split: str, most: int) -> sp.csr_matrix | np.
         found = nearest_items(ray.get(shown), items, most)
         return pa.table(dict(zip(("item", "other", "cosine"), found, strict=True)))
 
-    found = _columns(list(range(tasks)), nearest)
-    if most >= item_rows:
-        whole = np.zeros((item_rows, item_rows), np.float32)
-        for item, other, cosine in found:
-            whole[other, item] = cosine
-        return whole
-    item, other, cosine = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return sp.csr_matrix((cosine, (other, item)), shape=(item_rows, item_rows))
+    return _columns(list(range(tasks)), nearest)
 
 
 def _shown(prepared: Prepared, split: str) -> sp.csr_matrix:

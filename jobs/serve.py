@@ -133,6 +133,7 @@ def main(argv: list[str]) -> None:
     if not args.ray_defaults and "RAY_SERVE_THROUGHPUT_OPTIMIZED" not in os.environ:
         os.execve(sys.executable, [sys.executable, "-m", "jobs.serve", *argv], {**os.environ, **wanted})
     app = build(cfg.model_dump(mode="json"))  # first of all: what is wrong with a bundle needs no cluster
+    _listening(args.host, args.port).close()  # HAProxy would share a port that another one has
     metrics_port = args.metrics_port or environment.free_port(9200)
     session.connect(metrics_port=metrics_port)
     done = threading.Event()

@@ -150,7 +150,9 @@ class Bundle:
                 there = type(self).open(path)
                 if check is not None:
                     check(there)
-                return there
+                if there.manifest.metrics == self.manifest.metrics:
+                    return there
+                log.warning("bundle %r has other figures; writing it anew", str(path))
             except BundleError as error:
                 log.warning("%s; writing it anew", error)
         facts.save(fresh)

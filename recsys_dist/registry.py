@@ -210,9 +210,9 @@ class Registry:
         )
 
     def _registered(self, candidate: Manifest) -> ModelVersion | None:
-        """The newest version that has the bundle; None where it is no longer whole, or answers otherwise.
+        """The newest version that has the bundle; None where it is no longer whole, or has other figures.
 
-        Golden answers are no part of a bundle's version: a newer program may have made others.
+        Golden answers and figures are no part of a bundle's version: they may have been made anew.
         """
         bundle = candidate.version
         found = self._client.search_model_versions(
@@ -229,8 +229,8 @@ class Registry:
                 "version %s is not whole, uploading it anew: %s", version.version, short_reason(error)
             )
             return None
-        if there.files.get(GOLDEN) != candidate.files.get(GOLDEN):
-            log.warning("version %s has other golden answers, uploading it anew", version.version)
+        if (there.files.get(GOLDEN), there.metrics) != (candidate.files.get(GOLDEN), candidate.metrics):
+            log.warning("version %s has other golden answers or figures, uploading it anew", version.version)
             return None
         return version
 

@@ -54,7 +54,10 @@ def flat(column: pa.ChunkedArray | pa.Array, name: str) -> pa.Array:
 
 def texts(array: pa.Array) -> pa.StringArray:
     """Any flat column as text; whole floats print as integers ("12", not "12.0"), so that ids that
-    one tool wrote as integers and another, for the sake of nulls, as floats stay equal."""
+    one tool wrote as integers and another, for the sake of nulls, as floats stay equal. Booleans are
+    1 and 0."""
+    if pa.types.is_boolean(array.type):
+        array = array.cast(pa.int8())
     if pa.types.is_floating(array.type):
         array = array.cast(pa.float64())
         values = pc.fill_null(array, 0.5).to_numpy(zero_copy_only=False)

@@ -113,7 +113,7 @@ def user_states(events: pa.Table, world: World, split: Split, name: str) -> pa.T
             STATE: pa.array(np.ones(len(users), bool)),
         }
     )
-    both = sort_events(pa.concat_tables([before, states.cast(states.schema)], promote_options="default"))
+    both = sort_events(pa.concat_tables([before, states], promote_options="default"))
     of = np.flatnonzero(np.asarray(pc.fill_null(both[STATE], False)))
     kept = both["user_id"].take(pa.array(of))
     item_rows = world.item_inputs[schema.item_id.name]
@@ -136,8 +136,10 @@ def chunks(events: pa.Table, world: World, split: Split, feature: Sequence, unti
     at the very time of a row's own, and one more time those as many before it.)
     """
     schema = world.encoders.schema
-    user, known = _codes(events["user_id"]), split.assign(events["date"]) <= SPLITS.index(until)
-    wanted = listed(events, feature, user, known)
+    # also where a date is earlier than the time says, no row lists what is held out
+    events = events.filter(pa.array(split.assign(events["date"]) <= SPLITS.index(until)))
+    user = _codes(events["user_id"])
+    wanted = listed(events, feature, user, np.ones(len(events), bool))
     builder = _Builder(events, world, chunk_ends(user, wanted, feature.max_length))
     return pa.table(
         {

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from recsys_dist.errors import DataError
 
 LOCK = ".lock"
+PARTIALS = ".*.partial"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ def write_parquet(table: pa.Table, path: Path) -> None:
     """Whole or not at all. Integers are plain and lightly compressed: readers decode them every epoch."""
     with replacing(path) as partial:
         pq.write_table(table, partial, compression="lz4", use_dictionary=False, write_page_checksum=True)
+        sync(partial)  # or a power cut might leave a manifest of files that are empty
 
 
 def write_text(text: str, path: Path) -> None:
@@ -71,12 +73,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def remove_partials(directory: Path) -> None:
+    """Of earlier writers, below a directory that is one's own and that nobody else writes at the moment."""
+    for partial in directory.rglob(PARTIALS):
+        partial.unlink(missing_ok=True)
+
+
 @contextmanager
 def sole_writer(directory: Path) -> Iterator[None]:
     """Hold the directory, made where missing; waits while another process does.
 
-    The lock goes with the process that holds it, however that ends. Half-written files of earlier
-    writers are removed.
+    The lock goes with the process that holds it, however that ends.
     """
     with naming(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -87,8 +94,6 @@ def sole_writer(directory: Path) -> Iterator[None]:
         except BlockingIOError:
             log.warning("%s is being written by another process; waiting for it", directory)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        for partial in directory.rglob(".*.partial"):
-            partial.unlink(missing_ok=True)
         yield
     finally:
         os.close(descriptor)

@@ -32,7 +32,7 @@ from recsys_dist.data.encoders import Encoders
 from recsys_dist.data.entities import Entities
 from recsys_dist.data.examples import World
 from recsys_dist.data.logs import Ledger, LogSpec
-from recsys_dist.data.output import LOCK, sole_writer, write_parquet, write_text
+from recsys_dist.data.output import LOCK, PARTIALS, remove_partials, sole_writer, write_parquet, write_text
 from recsys_dist.data.prepared import MANIFEST, Manifest, Prepared, ShardSet
 from recsys_dist.data.sources.protocol import Source, SourceConfig, open_source, source_config
 from recsys_dist.data.split import SPLITS, Split, check_split, choose_split, choose_valid
@@ -88,9 +88,9 @@ def prepare(cfg: PrepareConfig, out: str | Path) -> Prepared:
     raw, now = identity.look(source, seen)
     settings, numbered = _settings(cfg, "former"), _numbered(cfg, path)
     fingerprint = digest([FORMAT, __version__, settings, schema.digest(), raw, *numbered])
-    if not _holds(path / MANIFEST, fingerprint) or now != seen:
+    if not _whole(path, fingerprint) or now != seen:
         with sole_writer(path):
-            if not _holds(path / MANIFEST, fingerprint):  # another process may have made it meanwhile
+            if not _whole(path, fingerprint):  # another process may have made it meanwhile
                 session.connect()
                 events = _events(cfg, source, schema, path, raw)
                 _make_examples(cfg, source, schema, path, events, fingerprint)
@@ -361,6 +361,11 @@ def _check_complete(manifest: Manifest, days: dict[dt.date, int]) -> None:
             raise DataError(f"split {name!r} is empty; choose other days (valid_from, test_from){wanted}")
 
 
+def _whole(path: Path, fingerprint: str) -> bool:
+    """Is what these settings and raw files give already there, all of it?"""
+    return _holds(path / MANIFEST, fingerprint) and Prepared.open(path).whole()
+
+
 def _holds(file: Path, fingerprint: str | None = None) -> bool:
     """Is this a file of prepared data, of these settings and raw files where a fingerprint is given?"""
     try:
@@ -375,13 +380,15 @@ def _clear(path: Path, keep_events: bool) -> None:
     """Remove what an earlier or unfinished preparation left; refuse a directory that holds anything else."""
     of_events = {EVENTS, "ledger.json", "ledger", "events", "quarantine"}
     made = {MANIFEST, "items.parquet", "vocabulary", "entities", "ranking", "recall", "sequences", "users"}
-    foreign = sorted(p.name for p in path.iterdir() if p.name not in made | of_events | {LOCK, RAW})
+    names = [p.name for p in path.iterdir() if not p.match(PARTIALS)]
+    foreign = sorted(set(names) - made - of_events - {LOCK, RAW})
     if (path / MANIFEST).exists() and not _holds(path / MANIFEST):
         foreign.append(MANIFEST)
     if foreign:
         raise DataError(
             f"{str(path)!r} holds {foreign[0]!r}, which is no prepared data; choose an empty directory"
         )
+    remove_partials(path)
     (path / MANIFEST).unlink(missing_ok=True)  # first: from here on nothing half-removed is taken for whole
     if not keep_events:
         (path / EVENTS).unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,8 @@ from recsys_dist.data.encoders import Encoders
 from recsys_dist.data.vocab import Admission
 from recsys_dist.errors import DataError
 from recsys_dist.schema import Schema
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 
@@ -99,6 +102,20 @@ class Prepared:
         """Absolute paths of a split's files."""
         return [str(self.path.resolve() / file) for file in self.shards(name).files]
 
+    def whole(self) -> bool:
+        """Whether each file of examples is there with the rows that it should have; warns of one that is not."""
+        for name, shards in self.manifest.splits.items():
+            for file, rows in zip(self.files(name), shards.rows, strict=True):
+                try:
+                    with readable(file):
+                        found = pq.read_metadata(file).num_rows
+                except DataError:
+                    found = -1
+                if found != rows:
+                    log.warning("%s is damaged or missing, and prepared again", file)
+                    return False
+        return True
+
     def extremes(self, name: str, column: str) -> tuple[Any, Any]:
         """Least and greatest value of a split's column, from its files' footers; None where there is none."""
         found = []
@@ -120,4 +137,5 @@ class Prepared:
 
     @cached_property
     def encoders(self) -> Encoders:
-        return Encoders.load(self.path / "vocabulary")
+        with readable(self.path / "vocabulary"):
+            return Encoders.load(self.path / "vocabulary")

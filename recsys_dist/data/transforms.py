@@ -32,9 +32,11 @@ class Scale:
         if not known.any():
             return cls(0.0, 1.0, log)
         x, weight = _logged(values[known], log), counts[known]
+        if x.min() == x.max():  # its average may be off by a rounding, and its deviation be that
+            return cls(float(x[0]), 1.0, log)
         mean = float(np.average(x, weights=weight))
         deviation = float(np.sqrt(np.average((x - mean) ** 2, weights=weight)))
-        return cls(mean, deviation or 1.0, log)
+        return cls(mean, deviation or 1.0, log)  # 0 where squares underflow
 
 
 def standardise(column: pa.Array | pa.ChunkedArray, scale: Scale) -> np.ndarray:

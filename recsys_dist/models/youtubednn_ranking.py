@@ -7,7 +7,7 @@ Weighted logistic regression on watch time: a tower's logit z, trained by
 over impressions, T the watch time of a clicked one. In the paper a clicked impression counts as a positive
 alone (n = 0) and the others as negatives of weight 1, so that the odds exp(z) are E[T](1 + P) for a small
 click rate P. With `count_all` a clicked one counts as a negative too (n = 1): the odds are E[T], exactly.
-Served is exp(z), the expected watch time of an impression.
+Served is exp(z), the expected watch time of an impression, where what is watched without a click is nothing.
 
 The paper's inputs x, x² and √x of quantiles are features of the schema: `Numeric(quantile=True, power=2)`.
 

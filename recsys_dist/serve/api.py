@@ -118,7 +118,10 @@ class EventsRequest(Strict):
 
 
 class EventsAnswer(Strict):
+    """`ignored` are names in the events' context that the log has no column for: they are not kept."""
+
     accepted: int
+    ignored: list[str] = Field(default_factory=list)
 
 
 class Health(Strict):

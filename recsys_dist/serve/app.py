@@ -22,8 +22,9 @@ from ray.serve.schema import LoggingConfig
 
 from recsys_dist import manifest
 from recsys_dist.bundle import Bundle
-from recsys_dist.errors import RecsysError, RegistryError, StateError
+from recsys_dist.errors import RecsysError, RegistryError, ServeError, StateError
 from recsys_dist.registry import Registry, RegistryConfig
+from recsys_dist.serve import golden
 from recsys_dist.serve.deployments import (
     RankStage,
     RecallStage,
@@ -44,7 +45,8 @@ _REQUEST_TIMEOUT_S = 30.0
 def build(args: dict[str, Any]) -> Application:
     """The application of a ServiceConfig; errors name what is wrong before anything is deployed.
 
-    Where the registry does not answer, the bundle that was served last is served again.
+    Where the registry does not answer, or names a bundle that fails its checks, the one that was served last
+    is served again.
     """
     cfg = ServiceConfig.parse(args)
     places = {"state": cfg.state, "bundle": cfg.bundle, "token_file": cfg.token_file}
@@ -52,9 +54,11 @@ def build(args: dict[str, Any]) -> Application:
     cfg = ServiceConfig.parse({**cfg.model_dump(), **absolute})  # replicas may run in other directories
     cfg.token()
     try:
-        Pointer(str(resolve(cfg))).write(cfg.state)
+        wanted = resolve(cfg)
+        golden.replay(Bundle.open(wanted))
+        Pointer(str(wanted)).write(cfg.state)
     except RecsysError as error:
-        if Pointer.read(cfg.state) is None:
+        if cfg.registry is None or Pointer.read(cfg.state) is None:
             raise
         log.warning("serving the bundle that was served last: %s", error)
     check_state(cfg.state_url, cfg.model)
@@ -71,7 +75,10 @@ def run(app: Application, cfg: ServiceConfig, host: str, port: int) -> str:
     """Start what `build` made on the connected cluster, wait until it answers; the bundle's version."""
     log.setLevel(logging.WARNING)
     serve.start(http_options={"host": host, "port": port, "request_timeout_s": _REQUEST_TIMEOUT_S})
-    serve.run(app, name=APP, route_prefix="/")
+    try:
+        serve.run(app, name=APP, route_prefix="/")
+    except (RuntimeError, TimeoutError) as error:  # what Ray Serve says of deployments that fail, or wait
+        raise ServeError(f"the service did not start: {str(error).splitlines()[0]}") from error
     pointer = Pointer.read(cfg.state)
     assert pointer is not None
     return manifest.read(Path(pointer.path)).version

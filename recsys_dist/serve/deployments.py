@@ -223,8 +223,12 @@ class ServiceReplica:
     async def check_health(self) -> None:
         """Called by Ray Serve before the first request, and every few seconds from then on.
 
-        The first call to a stage connects to it, which can take longer than an answer may.
+        The first call to a stage connects to it, which can take longer than an answer may. A replica that was
+        just starting when all were told of another bundle learns of it here.
         """
+        current = Path(_served(self.cfg.state))
+        if current != self._service.recommender.bundle.path:
+            await self.take(str(current))
         if not self._warm:
             self._warm = True
             recommender = self._service.recommender

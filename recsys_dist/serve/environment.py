@@ -1,11 +1,13 @@
 """How Ray Serve is made fast and kept apart from others on this machine: by environment, before it starts."""
 
 import importlib.util
+import os
 import socket
 import tempfile
 from pathlib import Path
 
 from recsys_dist.config import digest
+from recsys_dist.errors import ServeError
 
 
 def fast(state: Path, stats_port: int | None = None, metrics_port: int | None = None) -> dict[str, str]:
@@ -28,6 +30,12 @@ def fast(state: Path, stats_port: int | None = None, metrics_port: int | None = 
         return values
     # not below `state`: a socket's path may have 97 characters, of which Ray Serve takes 68
     folder = Path(tempfile.gettempdir()) / f"rs-{digest(str(state.absolute()))[:8]}"
+    folder.mkdir(
+        mode=0o700, exist_ok=True
+    )  # HAProxy's admin socket in it takes commands of whoever reaches it
+    if folder.stat().st_uid != os.getuid():
+        raise ServeError(f"{str(folder)!r} belongs to another user; name another state directory")
+    folder.chmod(0o700)
     return values | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),

@@ -45,7 +45,8 @@ class LocalService:
     async def record(self, request: EventsRequest) -> EventsAnswer:
         events = canonical(request.events, self.recommender.spec)
         await asyncio.to_thread(self.state.append, events)
-        return EventsAnswer(accepted=len(events))
+        named = {name for event in request.events for name in event.context}
+        return EventsAnswer(accepted=len(events), ignored=sorted(named - set(self.recommender.spec.context)))
 
     def version(self) -> Version:
         facts = self.recommender.bundle.manifest

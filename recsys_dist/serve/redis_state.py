@@ -26,7 +26,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
-from recsys_dist.data.output import sole_writer, write_text
+from recsys_dist.data.output import remove_partials, sole_writer, write_text
 from recsys_dist.errors import ConfigError, StateError
 from recsys_dist.serve.stored import NEWEST_EVENTS, decode, encode, write_days
 
@@ -96,6 +96,7 @@ class RedisState:
         """
         total, stream = 0, f"{self._prefix}log"
         with sole_writer(self.directory / "events"), _naming(self._url):
+            remove_partials(self.directory / "events")
             _make_group(self._writer, stream)
             mine = self._reader_of_log()
             while batch := self._batch(mine, "0") or self._batch(mine, ">"):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -44,9 +45,9 @@ def decode(events: Sequence[str | bytes], schema: pa.Schema) -> pa.Table:
 
 
 def numbers_of(texts: pa.StringArray) -> pa.Array:
-    """What is no number counts as missing, as it does in the log."""
+    """What is no number, or an infinite one, counts as missing, as it does in the log."""
     parsed = numbers(texts)
-    return pa.array(parsed.values, pa.float64(), mask=parsed.missing | parsed.bad)
+    return pa.array(parsed.values, pa.float64(), mask=parsed.missing | parsed.bad | np.isinf(parsed.values))
 
 
 def _column(values: Sequence[Any], type_: pa.DataType) -> pa.Array:

@@ -126,7 +126,16 @@ class Progress:
     def _append(self, line: dict[str, Any]) -> None:
         if self._mine():
             with naming(self._file), self._file.open("a") as stream:
-                stream.write(json.dumps(line) + "\n")
+                stream.write("\n" * _ends_torn(self._file) + json.dumps(line) + "\n")
+
+
+def _ends_torn(file: Path) -> bool:
+    """Whether the last line was not written to its end, as on a full disk."""
+    with file.open("rb") as stream:
+        if not stream.seek(0, os.SEEK_END):
+            return False
+        stream.seek(-1, os.SEEK_END)
+        return stream.read(1) != b"\n"
 
 
 @dataclass(frozen=True)
@@ -151,4 +160,8 @@ def read(file: Path, place: Place = Place()) -> Iterator[tuple[dict[str, Any], P
         for line in stream:
             if line.endswith(b"\n"):
                 offset += len(line)
-                yield json.loads(line), Place(inode, offset)
+                try:
+                    found = json.loads(line)
+                except json.JSONDecodeError:  # torn, see `_ends_torn`
+                    continue
+                yield found, Place(inode, offset)

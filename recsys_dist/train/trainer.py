@@ -100,7 +100,7 @@ def fit(cfg: TrainConfig, out: str | Path, on_report: OnReport | None = None) ->
             write_text(cfg.to_yaml(), run / "config.yaml")
             write_text(" " * _RESERVE_BYTES, run / RESERVE)
             (run / FAILURE).unlink(missing_ok=True)
-            _train(cfg, run)
+            _train(cfg, run, prepared.manifest.data_digest)
             (run / RESERVE).unlink(missing_ok=True)
     _bring_here(cfg, run)
     return _result(run)
@@ -197,7 +197,7 @@ class _Trainer(TorchTrainer):
         return [one for one in every if not isinstance(one, tuple(idle))]
 
 
-def _train(cfg: TrainConfig, run: Path) -> None:
+def _train(cfg: TrainConfig, run: Path, data_digest: str) -> None:
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     if cfg.num_workers == 0:
         pipeline.quiet()  # it reads its data here
@@ -221,6 +221,7 @@ def _train(cfg: TrainConfig, run: Path) -> None:
             "config": cfg.model_dump(mode="json"),
             "run": str(run),
             "start": take_over(run, cfg.checkpoints),
+            "data_digest": data_digest,
         },
         scaling_config=ScalingConfig(
             num_workers=cfg.num_workers,  # type: ignore[arg-type]

@@ -14,9 +14,11 @@ import torch.distributed as dist
 
 from recsys_dist import cpu
 from recsys_dist.data.output import write_text
+from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import (
     CheckpointError,
     ConfigError,
+    DataError,
     NonFiniteLossError,
     RecsysError,
     SupersededError,
@@ -34,9 +36,10 @@ LESS_MEMORY = "lower batch_rows, have tables on more workers, or see --plan for 
 
 
 def train_worker(values: dict[str, Any]) -> None:
-    """Entry point: `values` are {"config", "run", "start"}.
+    """Entry point: `values` are {"config", "run", "start", "data_digest"}.
 
-    A TrainConfig's fields, the run's directory, and the name of its start (see `train.fence`).
+    A TrainConfig's fields, the run's directory, the name of its start (see `train.fence`), and which data it
+    was started on.
     """
     cfg, run = TrainConfig.parse(values["config"]), Path(values["run"])
     if (run / FAILURE).exists():
@@ -49,6 +52,8 @@ def train_worker(values: dict[str, Any]) -> None:
             raise ConfigError("use_gpu=true, and a process that should train sees no GPU: leave it out here")
         if alone:
             dist.init_process_group(backend(cfg), store=dist.HashStore(), rank=0, world_size=1)
+        if Prepared.open(cfg.data).manifest.data_digest != values["data_digest"]:
+            raise DataError(f"{cfg.data!r} was prepared anew meanwhile: start again, on what it is now")
         device = ray.train.torch.get_device() if cfg.use_gpu else torch.device("cpu")
         all_phases(Common(cfg, run, Fence(run, cfg.checkpoints, values["start"]), device))
     except SupersededError:

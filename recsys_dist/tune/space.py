@@ -11,7 +11,7 @@ Optuna's TPE (Bergstra et al. 2011) proposes; everything it knows is told anew f
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import optuna
@@ -93,14 +93,18 @@ class Space:
             raise ConfigError(
                 "the search space is empty; name settings, as in model.dropout: {uniform: [0, 0.5]}"
             )
-        axes = tuple(_axis(key, value) for key, value in declared.items())
-        for axis in axes:
+        axes = []
+        for axis in (_axis(key, value) for key, value in declared.items()):
+            found = []
             for value in axis.probes():
                 try:
-                    settings(base, {axis.key: value}).check(prepared)
+                    cfg = settings(base, {axis.key: value})
+                    cfg.check(prepared)
                 except ConfigError as error:
                     raise ConfigError(f"search space, {axis.key} = {json.dumps(value)}: {error}") from None
-        return cls(axes)
+                found.append(_at(cfg.model_dump(mode="json"), axis.key))
+            axes.append(replace(axis, of=tuple(found)) if axis.kind == "choice" else axis)
+        return cls(tuple(axes))
 
     def values_of(self, cfg: TrainConfig) -> Values:
         """The settings that `cfg` has on the axes, where they lie in the ranges."""
@@ -227,6 +231,9 @@ def _check_ends(key: str, kind: str, of: list[Any]) -> None:
 
 
 def _at(values: Any, key: str) -> Any:
+    """None where there is nothing, as of a key that only a trial gives a mapping."""
     for part in key.split("."):
-        values = values[part]
+        values = values.get(part)
+        if values is None:
+            return None
     return values

@@ -18,7 +18,7 @@ from ray.tune.search import Searcher
 
 from recsys_dist import session
 from recsys_dist.config import Config, digest
-from recsys_dist.data.output import sole_writer
+from recsys_dist.data.output import remove_partials, sole_writer
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import ConfigError, NonFiniteLossError, RecsysError, TrainError
 from recsys_dist.metrics import LESS_IS_BETTER
@@ -87,6 +87,7 @@ def sweep(cfg: SweepConfig, out: str | Path, listener: Listener) -> Ledger:
     directory = cfg.directory(prepared, out)
     directory.mkdir(parents=True, exist_ok=True)
     with sole_writer(directory):
+        remove_partials(directory)
         jobs = _Jobs(cfg, space, Ledger(directory / "trials.jsonl"), listener)
         if jobs.anything_left():
             # Ray warns of many small processes, as a sweep's are, beyond four times this number

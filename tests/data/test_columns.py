@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from recsys_dist.data.columns import Parsed, days, flags, flat, instants, numbers, texts
 from recsys_dist.errors import SourceError
+from recsys_dist.serve.api import text_of
 
 US = 1_650_812_741_436_123  # 2022-04-24T15:05:41.436123Z
 
@@ -92,6 +93,8 @@ def test_ids_agree_whatever_wrote_them() -> None:
     assert texts(pa.array([12, None, wide])).to_pylist() == ["12", None, str(wide)]
     assert texts(pa.array(["012", "ü", ""])).to_pylist() == ["012", "ü", ""]
     assert texts(pa.array([1.5, 2.0])).to_pylist() == ["1.5", "2"]
+    flags = [True, None, False]
+    assert texts(pa.array(flags)).to_pylist() == [text_of(flag) for flag in flags], "as a request's are read"
 
 
 def test_flat_decodes_and_refuses() -> None:

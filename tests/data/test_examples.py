@@ -247,6 +247,18 @@ def test_chunks_hold_each_event_after_its_past_once(log: pa.Table, name: str, un
     assert len(made) < 0.6 * sum(map(len, pasts.values()))
 
 
+def test_chunks_list_no_event_that_is_dated_later(log: pa.Table) -> None:
+    """A log's own dates need not follow its times, as around midnight."""
+    feature = next(f for f in SCHEMA.item_sequences if f.name == "shown")
+    dates = log["date"].to_pylist()
+    row = next(n for n, day in enumerate(dates) if day < SPLIT.valid_from)
+    held_out = [*dates[:row], SPLIT.valid_from, *dates[row + 1 :]]
+    later = log.set_column(log.column_names.index("date"), "date", pa.array(held_out, log["date"].type))
+    without = log.filter(pa.array(np.arange(len(log)) != row))
+    made = [chunks(events, world_of(log), SPLIT, feature, "train") for events in (later, without)]
+    assert made[0].equals(made[1])
+
+
 def wanted_by(row: dict[str, Any], user: str, name: str) -> bool:
     return row["user_id"] == user and bool(row["click"] or name == "shown")
 

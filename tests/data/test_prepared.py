@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from recsys_dist.data.order import newest_rows
@@ -42,3 +43,13 @@ def test_a_file_that_is_missing_or_torn_is_named(
         said = "holds no prepared data .*make it with"
     with pytest.raises(DataError, match=said):
         read(data)
+
+
+def test_examples_that_are_gone_or_others_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = Prepared.open(prepared.make(tmp_path / "data"))
+    assert data.whole() and not caplog.records
+    file = data.path / TRAIN
+    fewer = pq.read_table(file).slice(1)
+    for change in (lambda: pq.write_table(fewer, file), lambda: file.write_bytes(b""), file.unlink):
+        change()
+        assert not data.whole() and TRAIN in caplog.records[-1].message

@@ -56,6 +56,15 @@ def test_a_logarithmic_scale_takes_log1p_and_negative_as_zero() -> None:
     assert transforms.standardise(pa.array([-5, 0]), scale).tolist() == pytest.approx([-1, -1])
 
 
+@pytest.mark.parametrize("log", [False, True])
+def test_a_constant_has_no_deviation_of_roundings(log: bool) -> None:
+    """The mean of n equal numbers is often one rounding off."""
+    for value in np.arange(1, 400) / 100:
+        for count in (3, 7, 49):
+            scale = Scale.fit(np.array([value, np.nan]), np.array([count, 2]), log)
+            assert scale.deviation == 1.0 and transforms.scaled(np.array([value]), scale)[0] == 0
+
+
 def test_a_constant_or_unknown_column_becomes_0() -> None:
     constant = Scale.fit(np.array([4.0]), np.array([9]), log=False)
     assert transforms.standardise(pa.array([4, None]), constant).tolist() == [0, 0]

@@ -24,6 +24,31 @@ def test_a_token_that_is_not_there_is_named_before_anything_is_deployed(
         app.build({"bundle": "none", "token_file": "token"})
 
 
+def test_a_bundle_that_is_named_is_served_or_nothing(tmp_path: Path, bundle: Bundle) -> None:
+    Pointer(str(bundle.path)).write(tmp_path)  # what was served last
+    with pytest.raises(BundleError, match="no bundle"):
+        app.build({"bundle": str(tmp_path / "typo"), "state": str(tmp_path)})
+    pointer = Pointer.read(tmp_path)
+    assert pointer is not None and pointer.path == str(bundle.path)
+
+
+def test_a_champion_that_answers_otherwise_leaves_the_one_before(
+    tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Bundle) -> None:
+        raise BundleError("it recommends otherwise")
+
+    monkeypatch.setattr(app, "resolve", lambda _: bundle.path)
+    monkeypatch.setattr(app.golden, "replay", refuse)
+    cfg = {"registry": f"sqlite:///{tmp_path}/none.db", "state": str(tmp_path)}
+    with pytest.raises(BundleError, match="otherwise"):
+        app.build(cfg)
+    Pointer("before").write(tmp_path)
+    app.build(cfg)
+    pointer = Pointer.read(tmp_path)
+    assert pointer is not None and pointer.path == "before"
+
+
 class Followed(Watcher):
     """A Watcher without replicas, of a registry that says `champion`; `faults` keep bundles from a fetch."""
 

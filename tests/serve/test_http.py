@@ -168,7 +168,9 @@ def test_behaviour_counts_from_the_next_request_on(url: str) -> None:
     _, before = call(f"{url}/recommend", asked)
     first = before["items"][0]["item_id"]
     event = {"user_id": "newcomer", "item_id": first, "labels": {"click": True}, "context": {"device": "tv"}}
-    assert call(f"{url}/events", {"events": [event]}) == (200, {"accepted": 1})
+    assert call(f"{url}/events", {"events": [event]}) == (200, {"accepted": 1, "ignored": []})
+    misspelt = {**event, "item_id": "i2", "context": {"devise": "tv", "device": "tv"}}
+    assert call(f"{url}/events", {"events": [misspelt]}) == (200, {"accepted": 1, "ignored": ["devise"]})
     _, after = call(f"{url}/recommend", asked)
     assert first not in [item["item_id"] for item in after["items"]]
     assert "no_history" in before["degraded"] and "no_history" not in after["degraded"]

@@ -37,7 +37,7 @@ def test_a_server_that_is_killed_fails_no_request_and_keeps_what_it_acknowledged
 ) -> None:
     asked = {"user_id": "u1", "k": 3, "context": {"device": "tv"}}
     with serving(bundle, tmp_path, server.url) as url:
-        assert call(f"{url}/events", {"events": [CLICK]}) == (200, {"accepted": 1})
+        assert call(f"{url}/events", {"events": [CLICK]}) == (200, {"accepted": 1, "ignored": []})
         assert "state_failed" not in call(f"{url}/recommend", asked)[1]["degraded"]
         server.kill()
         for _ in range(2):
@@ -51,7 +51,7 @@ def test_a_server_that_is_killed_fails_no_request_and_keeps_what_it_acknowledged
         assert refused.value.code == 504 and refused.value.headers["retry-after"] == "1"
         assert b"may not be stored" in refused.value.read()
         server.start()
-        assert call(f"{url}/events", {"events": [CLICK]}) == (200, {"accepted": 1})
+        assert call(f"{url}/events", {"events": [CLICK]}) == (200, {"accepted": 1, "ignored": []})
         assert server.client.zcard("recsys_dist:model:user:u1") == 2
         ends = time.monotonic() + 10
         while "state_failed" in call(f"{url}/recommend", asked)[1]["degraded"]:

@@ -32,6 +32,17 @@ def test_each_line_is_read_once_when_it_is_whole_and_again_from_a_file_that_was_
     assert follow() == [1, 20, 30, 40] and follow() == []
 
 
+def test_what_a_full_disk_cut_short_takes_nothing_with_it(tmp_path):
+    progress = Progress(tmp_path, 0, lambda: True, profile=False)
+    progress.notice("choose", "first", [])
+    with (tmp_path / PROGRESS).open("a") as stream:
+        stream.write('{"kind": "cur')
+    progress.notice("choose", "second", [])
+    progress.resume("refit", 0, 0)
+    progress.notice("refit", "third", [])
+    assert [line["what"] for line, _ in read(tmp_path / PROGRESS)] == ["first", "second", "third"]
+
+
 def test_an_epoch_tells_of_its_first_step_at_once_and_then_fifty_times(tmp_path):
     progress, totals = Progress(tmp_path, 0, lambda: True, profile=False), Totals()
     on_step = progress.curve("choose", 1, 1, 0, 100_000, totals)

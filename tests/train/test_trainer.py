@@ -109,13 +109,25 @@ def test_without_workers_it_is_the_run_of_one(data, tmp_path):
         trainer.fit(config(bad, num_workers=0), tmp_path / "out")
 
 
+def started(cfg, run) -> dict[str, object]:
+    """What a worker is told."""
+    digest = Prepared.open(cfg.data).manifest.data_digest
+    told = {"config": cfg.model_dump(mode="json"), "run": str(run), "start": take_over(run, None)}
+    return {**told, "data_digest": digest}
+
+
+def test_data_that_were_prepared_anew_meanwhile_are_not_trained_on(data, tmp_path):
+    told = {**started(config(data, num_workers=0), tmp_path), "data_digest": "of yesterday"}
+    with pytest.raises(DataError, match="was prepared anew meanwhile: start again"):
+        train_worker(told)
+    assert not dist.is_initialized()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_process_without_a_gpu_does_not_train_on_its_cpu_instead(data, tmp_path):
     cfg = config(data, num_workers=0, use_gpu=True)
     with pytest.raises(ConfigError, match="sees no GPU"):
-        train_worker(
-            {"config": cfg.model_dump(mode="json"), "run": str(tmp_path), "start": take_over(tmp_path, None)}
-        )
+        train_worker(started(cfg, tmp_path))
     assert not dist.is_initialized()
 
 
@@ -128,9 +140,7 @@ def test_memory_that_is_not_there_is_one_line_without_workers_too(data, tmp_path
     monkeypatch.setattr(worker, "Common", lambda *_: None)
     cfg = config(data, num_workers=0)
     with pytest.raises(TrainError, match=r"not enough memory: .*9 GiB; lower batch_rows"):
-        train_worker(
-            {"config": cfg.model_dump(mode="json"), "run": str(tmp_path), "start": take_over(tmp_path, None)}
-        )
+        train_worker(started(cfg, tmp_path))
 
 
 @pytest.mark.usefixtures("cluster")

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from recsys_dist.data.columns import TimestampUnit
 from recsys_dist.data.sources import files
 from recsys_dist.data.sources.protocol import Part, SourceConfig
+from recsys_dist.errors import SourceError
 from recsys_dist.feature_kinds import (
     AnyFeature,
     Bucketed,
@@ -131,12 +132,20 @@ class Source:
 
     def _find(self, pattern: str) -> list[files.File]:
         """Upstream archives keep the files in `data/`."""
-        inner = Path(self.cfg.path, "data")
-        return files.find(f"{inner if inner.is_dir() else self.cfg.path.rstrip('/')}/{pattern}", (".csv",))
+        folder = self.cfg.path.rstrip("/")
+        return _any(f"{folder}/data/{pattern}", ".csv") or files.find(f"{folder}/{pattern}", (".csv",))
 
     def _history(self) -> files.File | None:
-        names = sorted(Path(self.cfg.path).glob("history_until_*.parquet"))
-        return files.find(str(names[-1]), (".parquet",))[0] if names else None
+        found = _any(f"{self.cfg.path.rstrip('/')}/history_until_*.parquet", ".parquet")
+        return max(found, key=lambda file: file.url, default=None)
+
+
+def _any(pattern: str, ending: str) -> list[files.File]:
+    """What matches, which may be nothing."""
+    try:
+        return files.find(pattern, (ending,))
+    except SourceError:
+        return []
 
 
 def recognise(given: str) -> Config | None:

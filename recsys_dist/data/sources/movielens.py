@@ -86,10 +86,12 @@ class Source:
             table = files.read_table(url)
             files.require(url, ["movieId", "title", "genres"], table.column_names)
             table = table.rename_columns({"movieId": "item_id"})
-        years = [TITLE_YEAR.search(title) for title in table["title"].to_pylist()]
+        years = [TITLE_YEAR.search(title or "") for title in table["title"].to_pylist()]
         genres = table["genres"].to_pylist()
         table = table.append_column("year", pa.array([year and year[1] for year in years], pa.string()))
-        table = table.append_column("genre", pa.array([text.split("|")[0] for text in genres]))
+        table = table.append_column(
+            "genre", pa.array([text and text.split("|")[0] for text in genres], pa.string())
+        )
         return files.described(table, "item_id", "item_id", ["year"], url)
 
     def default_split(self) -> date | None:

@@ -50,6 +50,17 @@ def write_log(path: Path, name: str, columns: str = "") -> None:
     (path / name).write_text(header + "\n1,10,20220425,1650812741436,1,0,1,61802,49866,1\n")
 
 
+def test_the_history_is_found_wherever_the_log_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pure").mkdir()
+    write_log(tmp_path / "pure", "log_standard_4_22_to_5_08_pure.csv")
+    for day in ("4_20", "4_24"):
+        pq.write_table(users([(5, 1000, [7], [], [])]), tmp_path / f"pure/history_until_{day}.parquet")
+    for path in (str(tmp_path / "pure"), "~/pure", f"file://{tmp_path}/pure/"):
+        names = [part.name for part in Source(Config(path=path)).parts()]
+        assert names == ["log_standard_4_22_to_5_08_pure.csv", "history_until_4_24.parquet"], path
+
+
 def test_files_of_upstream_in_time_order_and_random_ones_on_request(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     names = [f"log_standard_4_{days}_pure.csv" for days in ("08_to_4_21", "22_to_5_08")]

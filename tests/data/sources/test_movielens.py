@@ -64,6 +64,12 @@ def test_csv_layout_has_no_users(tmp_path: Path) -> None:
     assert films is not None and films["year"].to_pylist() == [1994.0, None]
 
 
+def test_films_without_a_title_or_a_genre(tmp_path: Path) -> None:
+    films = source(tmp_path, {**CSV, "movies.csv": "movieId,title,genres\n1,,Drama\n2,A (1990),\n"}).items()
+    assert films is not None and films["year"].to_pylist() == [None, 1990.0]
+    assert films["genre"].to_pylist() == ["Drama", None]
+
+
 def test_a_broken_side_file_is_named(tmp_path: Path) -> None:
     ml = source(tmp_path, {**DAT, "users.dat": "1::F\n"})
     with pytest.raises(SourceError, match=r"users.dat: line 1 has 2 fields, expected 5: user_id::gender"):

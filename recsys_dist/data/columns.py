@@ -40,7 +40,9 @@ def flat(column: pa.ChunkedArray | pa.Array, name: str) -> pa.Array:
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
-    if pa.types.is_nested(array.type):
+    if pa.types.is_string_view(array.type) or pa.types.is_binary_view(array.type):
+        array = array.cast(pa.string() if pa.types.is_string_view(array.type) else pa.binary())
+    if pa.types.is_nested(array.type) or pa.types.is_run_end_encoded(array.type):
         raise SourceError(f"column {name!r} holds {array.type}; one value a row is needed")
     if isinstance(array, pa.ExtensionArray) or pa.types.is_fixed_size_binary(array.type):  # as a UUID
         raise SourceError(f"column {name!r} holds {array.type}; write it as text")

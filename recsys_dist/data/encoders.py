@@ -20,6 +20,7 @@ from recsys_dist.data.entities import Entities
 from recsys_dist.data.output import write_parquet, write_text
 from recsys_dist.data.transforms import Scale
 from recsys_dist.data.vocab import Admission, Vocabulary
+from recsys_dist.errors import DataError
 from recsys_dist.feature_kinds import (
     Bucketed,
     Categorical,
@@ -180,15 +181,15 @@ def fit(
             case Bucketed():
                 values, total = _counted(feature.column, counts, users, items)
                 bounds[feature.name] = transforms.quantile_bounds(
-                    transforms.floats(values), total, feature.buckets
+                    _numbers(feature, values), total, feature.buckets
                 )
                 rows[feature.name] = len(bounds[feature.name]) + 2
             case Numeric(quantile=True):
                 values, total = _counted(feature.column, counts, users, items)
-                bounds[feature.name] = transforms.distribution(transforms.floats(values), total)
+                bounds[feature.name] = transforms.distribution(_numbers(feature, values), total)
             case Numeric():
                 values, total = _counted(feature.column, counts, users, items)
-                scales[feature.name] = Scale.fit(transforms.floats(values), total, feature.log)
+                scales[feature.name] = Scale.fit(_numbers(feature, values), total, feature.log)
             case Time():
                 rows[feature.name] = 25 if feature.part == "hour" else 8
             case Cross() | Searches():
@@ -200,6 +201,16 @@ def fit(
                 pass  # looked up in the table of the feature that it lists, or in none
     fitted = Encoders(schema.fitted(rows), vocabularies, bounds, scales, statistics, freeze_day)
     return fitted, admissions
+
+
+def _numbers(feature: Bucketed | Numeric, values: pa.Array) -> np.ndarray:
+    try:
+        return transforms.floats(values)
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"feature {feature.name!r} is {feature.kind}, and {feature.column!r} has text: {error}; "
+            "declare it categorical"
+        ) from None
 
 
 def admitted(

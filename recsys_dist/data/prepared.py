@@ -103,7 +103,7 @@ class Prepared:
         return [str(self.path.resolve() / file) for file in self.shards(name).files]
 
     def whole(self) -> bool:
-        """Whether each file of examples is there with the rows that it should have; warns of one that is not."""
+        """Whether each file of examples is there with the rows that it should have; warns of the first."""
         for name, shards in self.manifest.splits.items():
             for file, rows in zip(self.files(name), shards.rows, strict=True):
                 try:

@@ -30,9 +30,8 @@ def fast(state: Path, stats_port: int | None = None, metrics_port: int | None = 
         return values
     # not below `state`: a socket's path may have 97 characters, of which Ray Serve takes 68
     folder = Path(tempfile.gettempdir()) / f"rs-{digest(str(state.absolute()))[:8]}"
-    folder.mkdir(
-        mode=0o700, exist_ok=True
-    )  # HAProxy's admin socket in it takes commands of whoever reaches it
+    # in it is HAProxy's admin socket, which takes commands of whoever reaches it
+    folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise ServeError(f"{str(folder)!r} belongs to another user; name another state directory")
     folder.chmod(0o700)

@@ -4,6 +4,7 @@ import datetime as dt
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -103,6 +104,11 @@ def test_flat_decodes_and_refuses() -> None:
     )
     assert flat(coded, "x").to_pylist() == ["a", "b", "a", "c"]
     assert flat(pa.array([b"abc"]), "x").to_pylist() == ["abc"]
+    for view, values in ((pa.string_view(), ["abc", None]), (pa.binary_view(), [b"abc", None])):
+        found = flat(pa.array(values, view), "x")
+        assert found.type == pa.string() and found.to_pylist() == ["abc", None]
+    with pytest.raises(SourceError, match="'x' holds run_end_encoded"):
+        flat(pc.run_end_encode(pa.array([1, 1])), "x")
     with pytest.raises(SourceError, match="'x' holds list"):
         flat(pa.array([[1]]), "x")
     with pytest.raises(SourceError, match="not UTF-8"):

@@ -16,6 +16,7 @@ from recsys_dist.data.transforms import hash_rows
 from recsys_dist.data.vocab import Admission, Vocabulary
 from recsys_dist.errors import DataError
 from recsys_dist.feature_kinds import Categorical
+from recsys_dist.schema import Schema
 from tests.data.small_log import SCHEMA, events, items
 from tests.data.test_counts import late_history
 from tests.data.test_examples import FREEZE, SPLIT, world_of
@@ -153,6 +154,18 @@ def test_rows_are_kept_over_growth_and_eviction() -> None:
         assert kept and vocabulary.lookup(pa.array(kept)).tolist() == former.lookup(pa.array(kept)).tolist()
         assert set(vocabulary.values.to_pylist()) == set(anew[name].values.to_pylist())
         assert after.schema[name].rows == vocabulary.rows
+
+
+NUMBERS = ({"kind": "numeric"}, {"kind": "numeric", "quantile": True}, {"kind": "bucketed"})
+
+
+@pytest.mark.parametrize("more", NUMBERS)
+def test_text_where_a_feature_takes_numbers_is_named(more: dict[str, object]) -> None:
+    values = SCHEMA.model_dump()
+    values["features"] += ({**more, "name": "said", "column": "items.genre"},)
+    said = f"'said' is {more['kind']}, and 'items.genre' has text: .*categorical"
+    with pytest.raises(DataError, match=said):
+        world_of(events(), Schema.parse(values))
 
 
 def test_an_attribute_that_no_table_has_is_named() -> None:

@@ -142,6 +142,7 @@ def csv_chunks(
 
     `names` are the file's columns where it has no header. Empty fields are null.
     """
+    _refuse_our_names(url, columns)
     bad: list[csv.InvalidRow] = []
 
     def skip(line: csv.InvalidRow) -> str:
@@ -175,6 +176,7 @@ def csv_chunks(
 
 def parquet_chunks(url: str, columns: list[str], first: int = 0, last: int = -1) -> Iterator[pa.Table]:
     """The named columns of row groups first..last-1 of a Parquet file (-1: all), with `row`."""
+    _refuse_our_names(url, columns)
     system, path = open_file(url)
     with naming(url), system.open_input_file(path) as stream:
         file = pq.ParquetFile(stream, page_checksum_verification=True)
@@ -184,6 +186,12 @@ def parquet_chunks(url: str, columns: list[str], first: int = 0, last: int = -1)
             row = np.arange(start, start + batch.num_rows)
             start += batch.num_rows
             yield pa.Table.from_batches([batch]).append_column("row", pa.array(row))
+
+
+def _refuse_our_names(url: str, columns: list[str]) -> None:
+    for name in ("row", MALFORMED):
+        if name in columns:
+            raise SourceError(f"{url}: a column that is read cannot be called {name!r}; rename it")
 
 
 def require(url: str, wanted: Iterable[str], have: list[str]) -> None:

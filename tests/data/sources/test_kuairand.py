@@ -58,7 +58,7 @@ def test_the_history_is_found_wherever_the_log_is(tmp_path: Path, monkeypatch: p
         pq.write_table(users([(5, 1000, [7], [], [])]), tmp_path / f"pure/history_until_{day}.parquet")
     for path in (str(tmp_path / "pure"), "~/pure", f"file://{tmp_path}/pure/"):
         names = [part.name for part in Source(Config(path=path)).parts()]
-        assert names == ["log_standard_4_22_to_5_08_pure.csv", "history_until_4_24.parquet"], path
+        assert names == ["history_until_4_24.parquet", "log_standard_4_22_to_5_08_pure.csv"], path
 
 
 def test_files_of_upstream_in_time_order_and_random_ones_on_request(tmp_path: Path) -> None:

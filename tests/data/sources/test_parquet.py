@@ -294,3 +294,11 @@ def test_derived_names_never_collide(mine: Path) -> None:
 def test_a_home_that_there_is_not_is_named() -> None:
     with pytest.raises(SourceError, match=r"~nobody-of-that-name/log\.yaml: there is no user"):
         recognise("~nobody-of-that-name/log.yaml")
+
+
+def test_a_column_with_a_name_of_ours_is_refused(mine: Path) -> None:
+    (mine / "users.csv").write_text("uid,row\n1,7\n")
+    cfg = recognise(str(mine / "log.yaml"))
+    assert cfg is not None
+    with pytest.raises(SourceError, match=r"users\.csv: a column .* cannot be called 'row'; rename it"):
+        Source(cfg).users()

@@ -111,8 +111,11 @@ def _read(batch: pa.Table) -> Iterator[pa.Table]:
                     table = table.filter(pa.array(recent))
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(f"training shard {piece.file!r} cannot be read: {error}; prepare again") from None
-        if len(table) < piece.stop:
-            raise DataError(f"training shard {piece.file!r} has {len(table)} rows, not {piece.stop}")
+        if len(table) < piece.stop or piece.of not in (None, len(table)):
+            raise DataError(
+                f"training shard {piece.file!r} has {len(table)} rows, not {piece.of or piece.stop}: it was "
+                "damaged, or prepared anew meanwhile"
+            )
         order = piece.permutation(len(table))
         if order is None:
             yield table.slice(piece.start, piece.rows).combine_chunks()

@@ -26,7 +26,7 @@ class Piece:
     """Rows at positions `start:stop` of a parquet file, in stored order or in the order of an epoch.
 
     `columns` that the file lacks are left out (`weight` is in some splits only); none named reads all.
-    `since`, in microseconds: only rows from then on are there to be counted.
+    `since`, in microseconds: only rows from then on are there to be counted. `of`: how many rows there are.
     """
 
     file: str
@@ -36,6 +36,7 @@ class Piece:
     seed: int = 0
     epoch: int = -1  # -1: stored order
     since: int | None = None
+    of: int | None = None
 
     @property
     def rows(self) -> int:
@@ -57,7 +58,7 @@ def stored(
     files: Iterable[tuple[str, int]], columns: Sequence[str] = (), since: int | None = None
 ) -> list[Piece]:
     """(file, rows) pairs as whole pieces, in stored order."""
-    return [Piece(file, 0, rows, tuple(columns), since=since) for file, rows in files if rows]
+    return [Piece(file, 0, rows, tuple(columns), since=since, of=rows) for file, rows in files if rows]
 
 
 def shuffled(pieces: Sequence[Piece], seed: int, epoch: int) -> list[Piece]:

@@ -86,13 +86,14 @@ def test_lists_travel_with_their_rows(files):
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("damage", ["missing", "cut", "short"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "short", "long"])
 def test_a_damaged_shard_is_named(tmp_path, files, damage):
     file = tmp_path / "part-00009.parquet"
     content = Path(files[0][0]).read_bytes()
     if damage != "missing":
         file.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
-    piece = Piece(str(file), 0, 101 if damage == "short" else 100)
+    rows = {"short": 101, "long": 99}.get(damage, 100)
+    piece = Piece(str(file), 0, min(rows, 50), of=rows) if damage == "long" else Piece(str(file), 0, rows)
     with pytest.raises(DataError, match=r"part-00009\.parquet"):
         list(Feed([piece]).take([piece], 8))
 

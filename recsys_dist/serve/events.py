@@ -13,6 +13,7 @@ from recsys_dist.data import logs
 from recsys_dist.data.logs import LogSpec
 from recsys_dist.data.output import write_parquet, write_text
 from recsys_dist.serve.api import Event, InvalidError, text_of
+from recsys_dist.serve.stored import complete
 
 
 def canonical(events: list[Event], spec: LogSpec) -> pa.Table:
@@ -50,7 +51,9 @@ def canonical(events: list[Event], spec: LogSpec) -> pa.Table:
 
 
 def describe_log(bundle: Bundle, directory: Path) -> None:
-    """Make the events that are recorded in `directory` a log that `jobs.prepare parquet` reads."""
+    """Make what is recorded in `directory`, also for former bundles, a log for `jobs.prepare parquet`."""
+    spec = LogSpec.from_schema(bundle.encoders.schema)
+    complete(directory, spec.arrow_schema(), [label.name for label in spec.labels])
     write_parquet(bundle.users.attributes, directory / "users.parquet")
     write_parquet(bundle.items.attributes, directory / "items.parquet")
     write_text(log_yaml(bundle), directory / "log.yaml")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from recsys_dist.data.columns import numbers
 from recsys_dist.data.output import sync, write_parquet
@@ -70,3 +71,17 @@ def write_days(events: pa.Table, directory: Path, first: str) -> None:
         sync(file)
         sync(file.parent)
     sync(directory / "events")
+
+
+def complete(directory: Path, schema: pa.Schema, labels: Sequence[str]) -> None:
+    """Add columns of `schema` to files from before there were these: nulls, or 0 where they are `labels`."""
+    for file in sorted(directory.glob("events/date=*/part-*.parquet")):
+        there = pq.read_schema(file).names
+        missing = [field for field in schema if field.name not in (*there, "date")]
+        if not missing:
+            continue
+        table = pq.ParquetFile(file).read()
+        for field in missing:
+            nothing = pa.scalar(0 if field.name in labels else None, field.type)
+            table = table.append_column(field, pa.repeat(nothing, len(table)))
+        write_parquet(table, file)

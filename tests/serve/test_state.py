@@ -20,7 +20,7 @@ from recsys_dist.data.sources import parquet
 from recsys_dist.errors import StateError
 from recsys_dist.schema import Schema
 from recsys_dist.serve.api import Event, RecommendRequest
-from recsys_dist.serve.events import canonical, log_yaml
+from recsys_dist.serve.events import canonical, describe_log, log_yaml
 from recsys_dist.serve.recommend import Recommender
 from recsys_dist.serve.state import EmbeddedState, UserState, canonical_schema, open_state
 from recsys_dist.serve.stored import NEWEST_EVENTS
@@ -57,6 +57,25 @@ def opened(bundle: Bundle, tmp_path: Path, url: str | None) -> Callable[..., Use
 @pytest.fixture
 def state(opened: Callable[..., UserState]) -> UserState:
     return opened()
+
+
+def test_events_of_a_bundle_with_fewer_columns_stay_readable(
+    bundle: Bundle, opened: Callable[..., UserState], tmp_path: Path
+) -> None:
+    every = canonical_schema(bundle)
+    fewer = pa.schema([field for field in every if field.name not in ("device", "like")])
+    for schema, item in ((fewer, "i1"), (every, "i2")):
+        state = opened(schema)
+        state.append(rows(bundle, event(item)).select(schema.names))
+        state.write_log()
+    for _ in range(2):  # a second time changes nothing
+        describe_log(bundle, tmp_path)
+        cfg = parquet.recognise(str(tmp_path))
+        assert cfg is not None
+        source = parquet.Source(cfg)
+        read = pa.concat_tables(table for part in source.parts() for table in source.read(part))
+        found = {row["item_id"]: (row["device"], row["like"]) for row in read.to_pylist()}
+        assert found["i1"] == (None, 0) and set(found) == {"i1", "i2"}
 
 
 def parts(directory: Path) -> list[Path]:

@@ -74,7 +74,8 @@ class ServiceConfig(Config):
     state: str = Field("runs/serving", description="directory for new events and all that replicas share")
     state_url: str | None = Field(
         None,
-        description="redis://, rediss://, valkey:// or unix:// server of users' new events; none: `state`",
+        description="redis://, rediss://, valkey:// or unix:// server of users' new events, or env:NAME of a "
+        "variable that holds it, password and all; none: `state`",
     )
     poll_s: float = Field(10.0, gt=0, description="how often the registry is asked for a new champion")
     budget_ms: float = Field(200.0, gt=0, description="time for an answer; what is not ready is left out")

@@ -7,6 +7,7 @@ machines share. Every event is also written, day by day, to Parquet files with a
 """
 
 import importlib
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
@@ -58,15 +59,26 @@ def open_state(directory: Path, schema: pa.Schema, url: str | None, name: str) -
 
     schema  the canonical log's. Does not wait for a server: `check_state` does. ConfigError for a wrong URL.
     """
-    return (
-        _redis_state().RedisState(directory, schema, url, name) if url else EmbeddedState(directory, schema)
-    )
+    if not url:
+        return EmbeddedState(directory, schema)
+    state: UserState = _redis_state().RedisState(directory, schema, _address(url), name)
+    return state
 
 
 def check_state(url: str | None, name: str) -> None:
     """StateError where the state's server does not answer or refuses writes; ConfigError for a wrong URL."""
     if url:
-        _redis_state().check(url, name)
+        _redis_state().check(_address(url), name)
+
+
+def _address(url: str) -> str:
+    """Itself, or for `env:NAME` what that variable holds: a password is not for command lines."""
+    variable = url.removeprefix("env:")
+    if variable == url:
+        return url
+    if not (found := os.environ.get(variable)):
+        raise ConfigError(f"state_url is {url!r}, and the environment of this process has no {variable}")
+    return found
 
 
 def _redis_state() -> ModuleType:

@@ -14,7 +14,7 @@ import pytest
 from recsys_dist.bundle import Bundle
 from recsys_dist.errors import ConfigError, StateError
 from recsys_dist.serve.redis_state import RedisState, masked
-from recsys_dist.serve.state import canonical_schema, check_state
+from recsys_dist.serve.state import canonical_schema, check_state, open_state
 from tests.serve.redis_server import Server
 from tests.serve.test_http import call, serving
 from tests.serve.test_state import event, parts, rows
@@ -156,6 +156,19 @@ def test_a_wrong_address_is_refused_without_showing_its_password(url: str) -> No
     with pytest.raises(ConfigError, match=r"state_url .* such as redis://host:6379/0") as refused:
         check_state(url, "model")
     assert "s3cret" not in str(refused.value)
+
+
+def test_an_address_may_be_in_the_environment(
+    bundle: Bundle, server: Server, state: RedisState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="the environment of this process has no STATE_ADDRESS"):
+        check_state("env:STATE_ADDRESS", "model")
+    monkeypatch.setenv("STATE_ADDRESS", server.url)
+    check_state("env:STATE_ADDRESS", "model")
+    open_state(tmp_path / "other", state.schema, "env:STATE_ADDRESS", "model").append(
+        rows(bundle, event("i1"))
+    )
+    assert len(state.read(["u1"])) == 1
 
 
 def test_a_server_that_cannot_be_used_is_told_at_the_start(server: Server) -> None:

@@ -17,11 +17,12 @@ import torch
 from recsys_dist import cpu
 from recsys_dist.data.output import write_text
 from recsys_dist.data.prepared import Prepared
+from recsys_dist.errors import ConfigError
 from recsys_dist.models.protocol import Catalogue, model_module
 from recsys_dist.schema import Schema
 from recsys_dist.train import item_cosine, saving, storage
 from recsys_dist.train.catalogue import catalogue_of
-from recsys_dist.train.checkpoint import Checkpoint, Manifest
+from recsys_dist.train.checkpoint import Checkpoint, Manifest, retain
 from recsys_dist.train.loop import idle_batch
 from recsys_dist.train.pretrained import RESULT
 from recsys_dist.train.progress import Progress
@@ -38,7 +39,13 @@ def counts(cfg: TrainConfig) -> bool:
 
 
 def count(cfg: TrainConfig, prepared: Prepared, run: Path) -> None:
-    """Count the training days and validate, then the validation days too, and write down the result."""
+    """Count the training days and validate, then the validation days too, and write down the result.
+
+    ConfigError where it is to start from another run.
+    """
+    for name in ("item_vectors", "warm_start"):
+        if getattr(cfg, name) is not None:
+            raise ConfigError(f"{cfg.model.name} counts, and starts from nothing: leave out {name}")
     progress = Progress(run, 0, lambda: True, profile=False)
     for phase in _PHASES:
         progress.resume(phase, 0, 0)  # an interrupted run counts anew
@@ -52,6 +59,7 @@ def count(cfg: TrainConfig, prepared: Prepared, run: Path) -> None:
         entry |= _validated(model, cfg, prepared, schema) if phase == "choose" else {}
         history.append(entry)
         saved = save(root / phase, model, catalogue, cfg, prepared, [entry])
+        retain(root / phase, [saved.path])  # not those of a run that was interrupted
         progress.epoch(phase, 1, entry, 0)
     seconds = sum(entry["seconds"] for entry in history)
     result = {

@@ -24,7 +24,7 @@ from fbgemm_gpu.split_embedding_codegen_lookup_invokers import (
     lookup_sgd,
 )
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
-from torch.nn import functional as F
+from torch.nn.functional import pad
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from recsys_dist import cpu
@@ -106,7 +106,7 @@ def _arranged(common: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.
         first_F = common.hash_size_cumsum[:-1]
         _, features = torch.unique_consecutive(first_F, return_counts=True)
         of_G = torch.repeat_interleave(torch.repeat_interleave(features == 1, features) + 1)
-        companion_G = F.pad(of_G[1:] == of_G[:-1], (1, 0))
+        companion_G = pad(of_G[1:] == of_G[:-1], (1, 0))
         arrangement = {
             "D_offsets": torch.cat([common.D_offsets[of_G + companion_G], common.D_offsets[-1:]]),
             "hash_size_cumsum": torch.cat([first_F[of_G], common.hash_size_cumsum[-1:]]),

@@ -103,8 +103,11 @@ def test_a_run_of_itemcf_counts_what_its_phase_may_see(pair: Pair, tmp_path: Pat
     assert trainer.fit(cfg, tmp_path).checkpoint == fitted.checkpoint, "what is finished is not counted again"
     (fitted.checkpoint / MANIFEST).unlink()
     assert trainer.fit(cfg, tmp_path).checkpoint != fitted.checkpoint
+    assert len(list((fitted.run / "refit").iterdir())) == 1
     with pytest.raises(ConfigError, match="itemcf counts, and has no tables"):
         trainer.planned(cfg, pair.prepared)
+    with pytest.raises(ConfigError, match="counts, and starts from nothing: leave out item_vectors"):
+        trainer.fit(cfg.override([f"item_vectors={fitted.run}"]), tmp_path)
 
 
 def cosines(prepared: Prepared, before: str) -> np.ndarray:

@@ -260,7 +260,7 @@ def test_a_run_is_known_by_what_it_learns_not_by_where(data):
 def test_a_runs_config_holds_wherever_it_is_read(data, tmp_path, monkeypatch):
     """A run that starts from it elsewhere finds its data by it."""
 
-    def trained(_: TrainConfig, run: Path) -> None:
+    def trained(_: TrainConfig, run: Path, __: str) -> None:
         result = {"checkpoint": "c", "chosen_epoch": 1, "history": [], "seconds": 1.0, "rows_per_s": 1.0}
         (run / RESULT).write_text(json.dumps(result))
 

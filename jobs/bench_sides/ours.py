@@ -23,9 +23,8 @@ from recsys_dist.train.optim import OptimizerConfig
 from recsys_dist.train.placement import ShardingConfig
 from recsys_dist.train.sharding import shard
 
-MODELS = tuple(
-    name for name in model_names(counted=False) if name != "youtubednn_ranking"
-)  # it is wide_deep's tower
+# youtubednn_ranking is wide_deep's tower
+MODELS = tuple(name for name in model_names(counted=False) if name != "youtubednn_ranking")
 
 
 def _schema() -> Schema:

@@ -78,7 +78,8 @@ def run(app: Application, cfg: ServiceConfig, host: str, port: int) -> str:
     try:
         serve.run(app, name=APP, route_prefix="/")
     except (RuntimeError, TimeoutError) as error:  # what Ray Serve says of deployments that fail, or wait
-        raise ServeError(f"the service did not start: {str(error).splitlines()[0]}") from error
+        said = str(error).partition("\n")[0] or type(error).__name__
+        raise ServeError(f"the service did not start: {said}") from error
     pointer = Pointer.read(cfg.state)
     assert pointer is not None
     return manifest.read(Path(pointer.path)).version

@@ -22,7 +22,7 @@ from recsys_dist.models.protocol import Catalogue, model_module
 from recsys_dist.schema import Schema
 from recsys_dist.train import item_cosine, saving, storage
 from recsys_dist.train.catalogue import catalogue_of
-from recsys_dist.train.checkpoint import Checkpoint, Manifest, retain
+from recsys_dist.train.checkpoint import Manifest, retain
 from recsys_dist.train.loop import idle_batch
 from recsys_dist.train.pretrained import RESULT
 from recsys_dist.train.progress import Progress
@@ -52,13 +52,24 @@ def count(cfg: TrainConfig, prepared: Prepared, run: Path) -> None:
     root, history = storage.below(cfg.checkpoints, run), list[dict[str, Any]]()
     for phase in _PHASES if cfg.refit else ("choose",):
         began = time.perf_counter()
-        schema, catalogue = cfg.inputs(prepared), counted_catalogue(cfg, prepared, phase)
+        schema, catalogue = cfg.inputs(prepared), _catalogue(cfg, prepared, phase)
         model = model_module(cfg.model.name).Model(cfg.model, schema, catalogue).eval()
         rows = sum(prepared.shards(f"recall/{split}").total_rows for split in _PHASES[phase][0])
         entry = {"epoch": 1, "trained_rows": rows, "seconds": time.perf_counter() - began}
         entry |= _validated(model, cfg, prepared, schema) if phase == "choose" else {}
         history.append(entry)
-        saved = save(root / phase, model, catalogue, cfg, prepared, [entry])
+        manifest = Manifest(
+            model=cfg.model.model_dump(mode="json"),
+            data_schema=prepared.schema,
+            vocabulary_digest=prepared.manifest.vocabulary_digest,
+            data_digest=prepared.manifest.data_digest,
+            seed=cfg.seed,
+            phase=phase,
+            epoch=1,
+            step=1,
+            history=[entry],
+        )
+        saved = saving.save_whole(root / phase, model, catalogue, manifest)
         retain(root / phase, [saved.path])  # not those of a run that was interrupted
         progress.epoch(phase, 1, entry, 0)
     seconds = sum(entry["seconds"] for entry in history)
@@ -73,7 +84,7 @@ def count(cfg: TrainConfig, prepared: Prepared, run: Path) -> None:
     write_text(json.dumps(result), run / RESULT)
 
 
-def counted_catalogue(cfg: TrainConfig, prepared: Prepared, phase: str) -> Catalogue:
+def _catalogue(cfg: TrainConfig, prepared: Prepared, phase: str) -> Catalogue:
     """All that the model of a phase knows."""
     splits, beyond = _PHASES[phase]
     catalogue = catalogue_of(prepared, cfg.inputs(prepared), splits)
@@ -84,30 +95,6 @@ def counted_catalogue(cfg: TrainConfig, prepared: Prepared, phase: str) -> Catal
     missing = cfg.model.asks_neighbours - most
     padded = [torch.nn.functional.pad(torch.from_numpy(values), (0, missing)) for values in found]
     return replace(catalogue, neighbours=(padded[0], padded[1]))
-
-
-def save(
-    root: storage.AnyPath,
-    model: torch.nn.Module,
-    catalogue: Catalogue,
-    cfg: TrainConfig,
-    prepared: Prepared,
-    history: list[dict[str, Any]],
-) -> Checkpoint:
-    """A checkpoint as `train.saving` writes those of trained models."""
-    manifest = Manifest(
-        model=cfg.model.model_dump(mode="json"),
-        label=cfg.label,
-        data_schema=prepared.schema,
-        vocabulary_digest=prepared.manifest.vocabulary_digest,
-        data_digest=prepared.manifest.data_digest,
-        seed=cfg.seed,
-        phase=root.name,
-        epoch=1,
-        step=1,
-        history=history,
-    )
-    return saving.save_whole(root, model, catalogue, manifest)
 
 
 def _validated(model: Any, cfg: TrainConfig, prepared: Prepared, schema: Schema) -> dict[str, float]:

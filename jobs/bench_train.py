@@ -10,6 +10,9 @@ loader-only (Ray Data and collate), step-only (batches made before), end-to-end 
 two workers, beside a plain PyTorch loop (nn.EmbeddingBag, torch optimizers) on tensors sliced before; and
 the time that lookups and matrix products would take at the machine's own rates, measured between.
 
+With --gpu each worker has a GPU, and so have the plain loop and the machine's rates; of two workers only
+where there are two.
+
 Instead, with
 --models    one worker's rows per second of each model, beside plain PyTorch, torch-rechub and deepctr-torch;
             see jobs/bench_models.py
@@ -30,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 
 from jobs import bench_models, bench_overhead
 from jobs.bench_scaling import LIMIT_AT_LEAST, counted, machine_of
@@ -81,6 +85,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="of everything, interleaved")
     parser.add_argument("--batch-rows", type=int, default=4096, help="rows of a global batch")
     parser.add_argument("--towers", default=",".join(TOWERS), help="which of them (default: %(default)s)")
+    parser.add_argument("--gpu", action="store_true", help="a GPU for each worker")
     parser.add_argument("--models", metavar="NAMES", help="'all', or models with commas between")
     parser.add_argument("--overhead", action="store_true", help="beside TorchRec alone")
     parser.add_argument("--memory", action="store_true", help="of few rows and of many")
@@ -100,9 +105,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def worlds(gpu: bool) -> list[int]:
+    """By how many workers is measured; ConfigError where each should have a GPU and there is none."""
+    if not gpu:
+        return [1, 2]
+    if not torch.cuda.is_available():
+        raise ConfigError("--gpu: PyTorch sees no GPU; leave it out, or install with `make install CUDA=1`")
+    return [1, 2][: torch.cuda.device_count()]
+
+
 def measure(files: list[tuple[str, int]], args: argparse.Namespace) -> dict[str, Any]:
     """Rows per second of each measurement: every repeat, and the median."""
-    groups = {world: started(world, args.batch_rows, files) for world in (1, 2)}
+    groups = {world: started(world, args.batch_rows, files, gpu=args.gpu) for world in worlds(args.gpu)}
     runs: dict[str, dict[str, list[dict[str, float]]]] = {}
     limits: dict[str, list[float]] = {}
     gains: dict[str, list[float]] = {"flops": [], "gather": []}
@@ -115,21 +129,22 @@ def measure(files: list[tuple[str, int]], args: argparse.Namespace) -> dict[str,
             for kind, world in kinds:
                 found = ray.get([worker.measure.remote(kind) for worker in groups[world]])
                 runs.setdefault(tower, {}).setdefault(f"{kind}_{world}", []).append(combined(found))
-            alone, side_by_side = [ray.get([w.limits.remote() for w in group]) for group in groups.values()]
+            alone, *side_by_side = [ray.get([w.limits.remote() for w in group]) for group in groups.values()]
             machine = machine_of(alone, 1.0, 1)
             took = args.batch_rows / runs[tower]["end_to_end_1"][-1]["rows_per_s"]
             limits.setdefault(tower, []).append(limit_s(work, machine, args.batch_rows) / took)
-            for kind in gains:
-                gains[kind].append(sum(one[kind] for one in side_by_side) / alone[0][kind])
+            for kind, together in itertools.product(gains, side_by_side):
+                gains[kind].append(sum(one[kind] for one in together) / alone[0][kind])
     kept = {tower: {name: found[1:] for name, found in kinds.items()} for tower, kinds in runs.items()}
     return {
         "hardware": {
             "cpu": platform.processor() or platform.machine(),
             "cpus": os.cpu_count(),
+            **({"gpu": torch.cuda.get_device_name()} if args.gpu else {}),
         },
         "date": dt.date.today().isoformat(),
         "batch_rows": args.batch_rows,
-        "machine_two_over_one": {kind: statistics.median(found) for kind, found in gains.items()},
+        "machine_two_over_one": {kind: statistics.median(found) for kind, found in gains.items() if found},
         "towers": {
             tower: figures(kinds) | {"limit": statistics.median(limits[tower][1:]), "repeats": kinds}
             for tower, kinds in kept.items()
@@ -145,31 +160,38 @@ def figures(kinds: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
         return statistics.median(a["rows_per_s"] / b["rows_per_s"] for a, b in pairs)
 
     rates = {name: statistics.median(one["rows_per_s"] for one in found) for name, found in kinds.items()}
-    shares = {w: statistics.median(one["loader_share"] for one in kinds[f"end_to_end_{w}"]) for w in (1, 2)}
-    return {
+    loading = {name.removeprefix("end_to_end_"): of for name, of in kinds.items() if "end_to_end" in name}
+    found = {
         "rows_per_s": rates,
-        "two_workers_over_one": ratio("end_to_end_2", "end_to_end_1"),
-        "two_workers_over_one_steps_only": ratio("step_2", "step_1"),
         "one_worker_over_plain_pytorch": ratio("end_to_end_1", "plain_1"),
-        "loader_share_of_step": {"1": shares[1], "2": shares[2]},
+        "loader_share_of_step": {
+            workers: statistics.median(one["loader_share"] for one in of) for workers, of in loading.items()
+        },
     }
+    if "2" in loading:
+        found["two_workers_over_one"] = ratio("end_to_end_2", "end_to_end_1")
+        found["two_workers_over_one_steps_only"] = ratio("step_2", "step_1")
+    return found
 
 
 def table(result: dict[str, Any]) -> str:
     """The figures for people."""
     lines = [f"rows per second, median, batch {result['batch_rows']}, {result['date']}, {result['hardware']}"]
-    machine = result["machine_two_over_one"]
-    lines.append(
-        f"the machine itself, two processes over one: matrix products {machine['flops']:.2f}, "
-        f"lookups {machine['gather']:.2f}"
-    )
+    if machine := result["machine_two_over_one"]:
+        lines.append(
+            f"the machine itself, two processes over one: matrix products {machine['flops']:.2f}, "
+            f"lookups {machine['gather']:.2f}"
+        )
     for tower, found in result["towers"].items():
         lines.append(f"\n{tower} tower")
         lines += [f"  {name:>14}  {rate:>10,.0f}" for name, rate in found["rows_per_s"].items()]
-        gain, share = found["two_workers_over_one"], max(found["loader_share_of_step"].values())
+        share = max(found["loader_share_of_step"].values())
+        if gain := found.get("two_workers_over_one"):
+            lines.append(
+                f"  two workers over one: {gain:.2f} (required {REQUIRED[tower]}), "
+                f"steps only {found['two_workers_over_one_steps_only']:.2f}"
+            )
         lines += [
-            f"  two workers over one: {gain:.2f} (required {REQUIRED[tower]}), "
-            f"steps only {found['two_workers_over_one_steps_only']:.2f}",
             f"  loading: {share:.1%} of a step (required < {LOADER_SHARE_AT_MOST:.0%})",
             f"  one worker over plain PyTorch: {found['one_worker_over_plain_pytorch']:.2f}",
             f"  one worker, of the machine's own gather bandwidth and sgemm rate: {found['limit']:.0%} "

@@ -32,6 +32,7 @@ from recsys_dist.models.layers import MLP
 from recsys_dist.models.protocol import model_module
 from recsys_dist.models.ranking import TowerConfig
 from recsys_dist.schema import Schema
+from recsys_dist.train.ahead import schedule
 from recsys_dist.train.loop import Epoch, Loss, Totals, Workers, idle_batch
 from recsys_dist.train.optim import OptimizerConfig
 from recsys_dist.train.placement import ShardingConfig
@@ -102,19 +103,24 @@ class BenchWorker:
     """One worker of a group that lives through the whole benchmark.
 
     distinct  batches that it cycles through where loading is not measured
+    gpu       whether it trains on the GPU that Ray gives it
     """
 
-    def __init__(self, schema: Schema = BENCH_SCHEMA, distinct: int = _DISTINCT_BATCHES) -> None:
+    def __init__(
+        self, schema: Schema = BENCH_SCHEMA, distinct: int = _DISTINCT_BATCHES, gpu: bool = False
+    ) -> None:
         self.schema, self.distinct = schema, distinct
+        self.device = torch.device("cuda:0" if gpu else "cpu")
 
     def join(self, rank: int, world: int, port: int, batch_rows: int, files: list[tuple[str, int]]) -> None:
         """Meet the others of the group."""
         cpu.configure(1)
-        dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+        backend = "gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
         parts = evenly(batch_rows, world)
         self.rows = parts[rank]
         self.share = deal(shuffled(stored(files, columns(self.schema)), 0, 1), parts)[rank]
-        self.idle = idle_batch(self.schema, max(parts))
+        self.idle = idle_batch(self.schema, max(parts)).to(self.device)
         self.batches = list(itertools.islice(self._load(), self.distinct))
         self.steps = sum(rows for _, rows in files) // batch_rows
 
@@ -125,9 +131,10 @@ class BenchWorker:
         loss, twin = (Loss(model_module(cfg.name).Model(cfg, self.schema)) for _ in range(2))
         step = rehearse(twin, collate(made_up(self.schema, _COUNTED_ROWS, 0), self.schema), workers=1)
         sharding = ShardingConfig(ids=step.ids_per_row)
-        self.sharded = shard(loss, loss.model.table_groups(), OptimizerConfig(), sharding, seed=0)
+        groups = loss.model.table_groups()
+        self.sharded = shard(loss, groups, OptimizerConfig(), sharding, seed=0, device=self.device)
         plain = cfg.name == "wide_deep" and dist.get_world_size() == 1
-        self.plain = PlainWideDeep(self.schema, cfg.hidden) if plain else None
+        self.plain = PlainWideDeep(self.schema, cfg.hidden, self.device) if plain else None
 
     def keep(self, file: Path, cfg: TowerConfig) -> None:
         """Write the batches for `jobs.bench_sides.torchrec_alone`."""
@@ -164,6 +171,7 @@ class BenchWorker:
         with tempfile.TemporaryDirectory(prefix="bench-train-") as folder:
             told = self._told(Path(folder)) if kind == "run" else {}
             epoch = Epoch(self.sharded.model, self.sharded.optimizers, self.idle, Workers(), **told)
+            epoch.schedule = schedule(self.device)
             began = time.process_time()
             totals = epoch.run(batches, 0)
             cpu_s = time.process_time() - began
@@ -183,9 +191,11 @@ class BenchWorker:
         each as the batches have them; flops a second of a product of [1024, 1024] matrices; bytes a second of
         adding up; with others, bytes a second sent by an all-to-all, and seconds of one that sends nothing.
         """
-        ids = self.batches[0].sparse.values().clamp(max=_TABLE_ROWS - 1)
-        table, square = torch.ones(_TABLE_ROWS, self.dim), torch.ones(1024, 1024)
-        first, many = torch.arange(len(ids)), torch.ones(8 << 20)
+        ids = self.batches[0].sparse.values().clamp(max=_TABLE_ROWS - 1).to(self.device)
+        table, square, many = (
+            torch.ones(size, device=self.device) for size in ((_TABLE_ROWS, self.dim), (1024, 1024), 8 << 20)
+        )
+        first = torch.arange(len(ids), device=self.device)
         found = {
             "gather": len(ids)
             * self.dim
@@ -196,7 +206,7 @@ class BenchWorker:
         }
         world = dist.get_world_size()
         if world > 1:
-            empty, full = torch.zeros(world), torch.zeros(world << 18)
+            empty, full = (torch.zeros(size, device=self.device) for size in (world, world << 18))
             latency = _seconds(lambda: dist.all_to_all_single(torch.empty_like(empty), empty), 100)
             took = _seconds(lambda: dist.all_to_all_single(torch.empty_like(full), full), 20)
             found |= {"latency_s": latency, "send": full.nbytes / took}
@@ -209,7 +219,7 @@ class BenchWorker:
         return {
             "on_step": progress.curve("bench", 1, 1, 0, _EPOCH_ROWS, totals),
             "sample_steps": steps_per_point(_EPOCH_ROWS, self.rows * dist.get_world_size()),
-            "stopwatch": Stopwatch(self.sharded.lookups()),
+            "stopwatch": Stopwatch(self.sharded.lookups(), self.device),
             "tables": features_of_tables(self.schema),
             "totals": totals,
         }
@@ -230,17 +240,25 @@ class BenchWorker:
 
 def _seconds(call: Callable[[], Any], times: int) -> float:
     """Mean of so many calls after one that warms up: what others take from this process is in it."""
+
+    def now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     call()
-    began = time.perf_counter()
+    began = now()
     for _ in range(times):
         call()
-    return (time.perf_counter() - began) / times
+    return (now() - began) / times
 
 
 class PlainWideDeep(nn.Module):
     """The same network as a user would write it in PyTorch alone: sparse gradients, Adagrad and Adam."""
 
-    def __init__(self, schema: Schema, hidden: tuple[int, ...], dim: int = 16) -> None:
+    def __init__(
+        self, schema: Schema, hidden: tuple[int, ...], device: torch.device | str = "cpu", dim: int = 16
+    ) -> None:
         super().__init__()
         deep = [f.name for f in schema.ids if f not in schema.crosses]
         wide = [f.name for f in schema.singles]
@@ -252,6 +270,8 @@ class PlainWideDeep(nn.Module):
         )
         self.wide = nn.ModuleDict({n: nn.EmbeddingBag(tables[n], 1, mode="sum", sparse=True) for n in wide})
         self.tower = MLP(len(deep) * dim + len(schema.dense), hidden, out=1)
+        self.device = torch.device(device)
+        self.to(device)
         sparse = [*self.deep.parameters(), *self.wide.parameters()]
         self.optimizers = [
             torch.optim.Adagrad(sparse, lr=0.05),
@@ -272,7 +292,7 @@ class PlainWideDeep(nn.Module):
                 batch.dense,
                 batch.labels["click"],
             )
-            for batch in batches
+            for batch in (batch.to(self.device) for batch in batches)
         ]
         began = time.perf_counter()
         for ids, dense, label in sliced:
@@ -281,14 +301,17 @@ class PlainWideDeep(nn.Module):
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
+        float(loss)  # a GPU is done then
         rows = sum(len(label) for _, _, label in sliced)
         return {"rows": rows, "seconds": time.perf_counter() - began, "loader_s": 0.0}
 
 
-def started(world: int, batch_rows: int, files: list[tuple[str, int]], *settings: Any) -> list[Any]:
-    """A group of so many workers, `BenchWorker(*settings)`, as actors of Ray."""
-    actor: Any = ray.remote(num_cpus=0)(BenchWorker)
-    group, port = [actor.remote(*settings) for _ in range(world)], free_port()
+def started(
+    world: int, batch_rows: int, files: list[tuple[str, int]], *settings: Any, gpu: bool = False
+) -> list[Any]:
+    """A group of so many workers, `BenchWorker(*settings)`, as actors of Ray; with `gpu` each has one."""
+    actor: Any = ray.remote(num_cpus=0, num_gpus=int(gpu))(BenchWorker)
+    group, port = [actor.remote(*settings, gpu=gpu) for _ in range(world)], free_port()
     ray.get([w.join.remote(r, world, port, batch_rows, files) for r, w in enumerate(group)])
     return group
 

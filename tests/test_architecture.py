@@ -27,6 +27,7 @@ DOORS = {  # dependency: the only modules that may name it
         "recsys_dist.train.sharding",
         "recsys_dist.train.placement",
         "recsys_dist.train.sharders",
+        "recsys_dist.train.ahead",
         "jobs.bench_sides.torchrec_alone",
     ),
 }

@@ -199,15 +199,15 @@ class Fields(nn.Module):
 
     def forward(self, sparse: KeyedJaggedTensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Embedded fields [B, F, D] and the linear part [B], zeros without one; padding gives zeros."""
-        found = self.tables(self._with_wide(sparse)).to_dict()
+        found = self.tables(self.ids(sparse)).to_dict()
         linear_B = found[WIDE].sum(dim=1) / WIDE_DIM if self.wide_rows else _zeros(sparse)
         if not self.names:
             return linear_B.new_zeros(len(linear_B), 0, self.dim), linear_B
         flat = torch.cat([found[name] for name in self.names], dim=1)
         return flat.view(len(flat), len(self.names), self.dim), linear_B
 
-    def _with_wide(self, sparse: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        """The ids with one key more: each row's ids of all wide features, shifted to their own rows."""
+    def ids(self, sparse: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """What is looked up: the ids, and as one key more those of all wide features, in their own rows."""
         if not self.wide_rows:
             return sparse
         jagged = [sparse[name] for name in self.wide_rows]

@@ -7,6 +7,7 @@ divided by the global weight and multiplied by the number of workers, which the 
 gradients and of TorchRec's sparse ones takes out again.
 """
 
+import functools
 import math
 import time
 from collections import deque
@@ -25,6 +26,7 @@ from recsys_dist.models.precision import full
 from recsys_dist.schema import Schema
 from recsys_dist.train.optim import Optimizers
 from recsys_dist.train.sampling import Stopwatch, Use, added, table_use
+from recsys_dist.train.turn import Step, Turn
 
 T = TypeVar("T")
 _NAMED_ROWS = 5  # rows that a NonFiniteLossError names
@@ -137,19 +139,12 @@ class Totals:
         return self.loss_sum / self.weight if self.weight else 0.0
 
 
-@dataclass
-class _Step:
-    """A step whose loss is not yet known to all."""
-
-    number: int
-    row_id: torch.Tensor
-    losses: torch.Tensor
-    loss_sum: torch.Tensor
-    rows: float
-    weight: float
-    gradients: dict[str, torch.Tensor]
-    tables: Use = field(default_factory=dict)
-    ms: dict[str, float] = field(default_factory=dict)
+def one_by_one(epoch: "Epoch", turns: Iterator[Turn]) -> Iterator[Step]:
+    """The steps of `turns`, each begun when the one before is done."""
+    for turn in turns:
+        step = epoch.forward(turn.to(epoch.idle.device))
+        epoch.learn(step)
+        yield step
 
 
 @dataclass
@@ -170,6 +165,7 @@ class Epoch:
     skip_steps    in a row that may have a loss that is not finite; no worker steps then. The workers ask
                   each other before each backward pass where it is not 0
     totals        what to go on from
+    schedule      runs the turns' steps in order: `one_by_one`, or `ahead.overlapped`
     """
 
     model: nn.Module
@@ -185,62 +181,72 @@ class Epoch:
     save: Callable[[int], None] = lambda _: None
     skip_steps: int = 0
     totals: Totals = field(default_factory=Totals)
+    schedule: Callable[["Epoch", Iterator[Turn]], Iterator[Step]] = one_by_one
 
     def __post_init__(self) -> None:
         self._left_out = 0  # steps in a row, up to now
+        self._known: deque[Step] = deque()  # to this worker alone
+        self._began = 0.0  # since when `totals.seconds` does not count yet
 
     def run(self, batches: Iterator[Batch], step: int) -> Totals:
         """Train until no worker has data; `step` numbers the first step. Collective.
 
         Raises NonFiniteLossError, on all workers alike, naming rows of the newest bad batch.
         """
-        began = time.perf_counter()
+        self._began = time.perf_counter()
         self.model.train()
-        known: deque[_Step] = deque()
-        mine, save = 0, 0.0
-        batch, agreement = self._next(batches, known)
+        first = self._next(batches)  # no step's time
+        steps = self.schedule(self, self._turns(first, batches, step))
         while True:
             with self.stopwatch.timed(self._sampled(step)) as ms:
-                rows, weight, save_next, *settled = agreement()
-                self._settle(known, settled)
-                if rows == 0:
-                    break
-                if save:
-                    self._settle_all(known)  # what diverged is never saved
-                    now = time.perf_counter()
-                    self.totals.seconds += now - began
-                    with self.stopwatch.part("checkpoint"):
-                        self.save(mine)
-                    began = time.perf_counter()
-                    self.totals.saving_s += began - now
-                save = save_next
-                mine += batch.rows if batch is not None else 0
-                tables = self._table_use(batch, step)
-                current = self.idle if batch is None else self._placed(batch).pad(self.idle.rows)
-                batch, agreement = self._next(batches, known)
-                known.append(self._step(current, step, rows, weight))
-            known[-1].tables, known[-1].ms = tables, ms
+                done = next(steps, None)
+            if done is None:
+                break
+            done.ms = ms
+            self._known.append(done)
             step += 1
-        self._settle_all(known)
-        self.totals.seconds += time.perf_counter() - began
+        self._settle_all()
+        self._count_seconds()
         return self.totals
 
-    def _settle_all(self, known: deque[_Step]) -> None:
-        while known:
-            self._settle(known, self.workers.start_sum([float(known[0].loss_sum)])())
+    def _turns(self, batch: Batch | None, batches: Iterator[Batch], step: int) -> Iterator[Turn]:
+        mine, save = 0, False
+        while True:
+            rows, weight, save_next = self._agreed()
+            if rows == 0:
+                return
+            tables = self._table_use(batch, step)
+            current = self.idle if batch is None else batch.pad(self.idle.rows)
+            if current.device != self.idle.device:
+                current = current.pin_memory()
+            before, mine = mine, mine + (batch.rows if batch is not None else 0)
+            batch = self._next(batches)
+            yield Turn(step, current, rows, weight, before, save, tables)
+            step, save = step + 1, save_next
 
-    def _next(
-        self, batches: Iterator[Batch], known: deque[_Step]
-    ) -> tuple[Batch | None, Callable[[], list[float]]]:
-        """This worker's next batch, and the agreement on it; it carries the oldest unsettled loss along."""
+    def _next(self, batches: Iterator[Batch]) -> Batch | None:
+        """This worker's next batch; and begin to agree on it: once all have, `_agreed` gives what they did.
+
+        The oldest unsettled loss is carried along.
+        """
         began = time.perf_counter()
         with self.stopwatch.part("loader"):
             batch = next(batches, None)
         self.totals.loader_s += time.perf_counter() - began
         mine = [0.0, 0.0] if batch is None else [float(batch.rows), float(batch.weight.sum())]
         save = float(self.workers.rank == 0 and self.due())
-        settled = known[0].loss_sum if len(known) >= _UNREAD_STEPS[self.idle.device.type] else None
-        return batch, self.workers.start_sum([*mine, save, *([] if settled is None else [float(settled)])])
+        unread = len(self._known) >= _UNREAD_STEPS[self.idle.device.type]
+        settled = [float(self._known[0].loss_sum)] if unread else []
+        total = self.workers.start_sum([*mine, save, *settled])
+
+        @functools.cache
+        def agreed() -> tuple[float, float, bool]:
+            rows, weight, save, *settled = total()
+            self._settle(settled)
+            return rows, weight, bool(save)
+
+        self._agreed = agreed
+        return batch
 
     def _sampled(self, step: int) -> bool:
         return self.sample_steps > 0 and step % self.sample_steps == 0
@@ -251,34 +257,61 @@ class Epoch:
         with self.stopwatch.part("sampling"):
             return table_use(batch, self.tables)
 
-    def _placed(self, batch: Batch) -> Batch:
-        on_gpu = self.idle.device.type != "cpu"
-        return batch.pin_memory().to(self.idle.device) if on_gpu else batch
-
-    def _step(self, batch: Batch, step: int, rows: float, weight: float) -> _Step:
+    def forward(self, turn: Turn) -> Step:
+        """The forward pass of a turn, which is where the model is; before it saves, where due. Collective."""
+        if turn.save:
+            self._save(turn.before)
         if self.seed is not None:
-            torch.manual_seed(self.seed + step)
+            torch.manual_seed(self.seed + turn.number)
         with self.stopwatch.part("dense"):
-            losses = self.model(batch, step)
-            loss_sum = (losses * batch.weight).sum()
-            if self.skip_steps and not self._finite_everywhere(loss_sum):
-                return _Step(step, batch.row_id, losses.detach(), loss_sum.detach(), rows, weight, {})
-            mean = loss_sum * (self.workers.size / weight if weight else 0.0)
+            losses = self.model(turn.batch, turn.number)
+            loss_sum = (losses * turn.batch.weight).sum()
+            of = turn.number, turn.batch.row_id, losses.detach(), loss_sum.detach()
+            step = Step(*of, turn.rows, turn.weight, turn.tables)
+            if not self.skip_steps or self._finite_everywhere(loss_sum):
+                step.mean = loss_sum * (self.workers.size / turn.weight if turn.weight else 0.0)
+            return step
+
+    def learn(self, step: Step) -> None:
+        """The backward pass of a step, and the optimizers', unless it is left out. Collective."""
+        mean, step.mean = step.mean, None
+        if mean is None:
+            return
+        with self.stopwatch.part("dense"):
             self.stopwatch.backward_of(mean)
-            mean.backward()
-        with self.stopwatch.part("sampling"):
-            gradients = self.optimizers.gradient_norms() if self._sampled(step) else {}
+            mean.backward()  # type: ignore[no-untyped-call]
+        if self._sampled(step.number):
+            with self.stopwatch.part("sampling"):
+                step.gradients = self.optimizers.gradient_norms()
         with self.stopwatch.part("optimizer"):
             self.optimizers.step()
-        return _Step(step, batch.row_id, losses.detach(), loss_sum.detach(), rows, weight, gradients)
+
+    def _save(self, mine: int) -> None:
+        self._settle_all()  # what diverged is never saved
+        self._count_seconds()
+        with self.stopwatch.part("checkpoint"):
+            self.save(mine)
+        now = time.perf_counter()
+        self.totals.saving_s += now - self._began
+        self._began = now
+
+    def _count_seconds(self) -> None:
+        now = time.perf_counter()
+        self.totals.seconds += now - self._began
+        self._began = now
 
     def _finite_everywhere(self, loss_sum: torch.Tensor) -> bool:
         [bad] = self.workers.start_sum([float(not loss_sum.isfinite())])()
         return bad == 0
 
-    def _settle(self, known: deque[_Step], sums: list[float]) -> None:
+    def _settle_all(self) -> None:
+        self._agreed()
+        while self._known:
+            self._settle(self.workers.start_sum([float(self._known[0].loss_sum)])())
+
+    def _settle(self, sums: list[float]) -> None:
         for total in sums:
-            step = known.popleft()
+            step = self._known.popleft()
             self.totals.steps += 1
             if math.isfinite(total):
                 self._left_out = 0
@@ -296,7 +329,7 @@ class Epoch:
                 self.totals.tables = added(self.totals.tables, step.tables)
             self.on_step(self.totals)
 
-    def _blame(self, step: _Step) -> str:
+    def _blame(self, step: Step) -> str:
         real = step.row_id >= 0
         bad = step.row_id[real & ~step.losses.isfinite()].tolist()
         found = self.workers.gather((bad, int(real.sum())))

@@ -34,6 +34,7 @@ from recsys_dist.models.protocol import model_module
 from recsys_dist.models.ranking import Ranker
 from recsys_dist.train import checkpoint as checkpoints
 from recsys_dist.train import pretrained, saving, storage, warm_start
+from recsys_dist.train.ahead import schedule
 from recsys_dist.train.calibrate import fit
 from recsys_dist.train.catalogue import catalogue_of, occurrences
 from recsys_dist.train.checkpoint import Checkpoint, Manifest, Position
@@ -289,6 +290,7 @@ class _Attempt:
             due=Timer(self.cfg.checkpoint_every_s).due,
             skip_steps=self.cfg.skip_steps,
             totals=totals,
+            schedule=schedule(common.device),
         )
 
         def save(mine: int) -> None:
@@ -363,8 +365,7 @@ class _Attempt:
         workers = common.background.workers
         saved = saving.save(self.root, self.sharded, self.catalogue, self.manifest, workers)
         workers.from_first(lambda: self._retain(saved))  # a slow store must not time the others out
-        entry = saved.manifest.history[-1]
-        chain = saved.manifest.chain
+        entry, chain = saved.manifest.history[-1], saved.manifest.chain
         common.progress.epoch(self.phase.name, self.phase.epochs, entry, chain.epochs if chain else 0)
         return saved
 

@@ -1,4 +1,6 @@
-"""A model spread over workers by TorchRec; with `placement` and `sharders` the only torchrec.distributed.
+"""A model spread over workers by TorchRec.
+
+torchrec.distributed is here, in `placement`, `sharders` and `ahead`, and nowhere else.
 
 `shard` spreads a model over the workers of the process group; `materialise` makes its unsharded twin
 with the same values. Starting values are a function of (seed, table, block of rows), so they do not

@@ -210,9 +210,8 @@ def _best(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     least = np.partition(scores, -taken, axis=1)[:, -taken]
     rows, best = np.zeros((len(scores), k), np.int32), np.full((len(scores), k), -np.inf, np.float32)
     for q, (of_query, cut) in enumerate(zip(scores, least, strict=True)):
-        above, level = np.flatnonzero(of_query > cut), np.flatnonzero(of_query == cut)
-        at = np.concatenate([above, level[: taken - len(above)]])
+        at = np.flatnonzero(of_query >= cut)
         at = at[of_query[at] > -np.inf]
-        at = at[np.lexsort((at, -of_query[at]))]
+        at = at[np.argsort(-of_query[at], kind="stable")][:k]
         rows[q, : len(at)], best[q, : len(at)] = at, of_query[at]
     return rows, best

@@ -1,8 +1,6 @@
 """Our models through `shard` and `Epoch`, as one training worker runs them, without Ray."""
 
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -50,8 +48,7 @@ def prepared(model: str, rows: Rows, batch_rows: int) -> dict[str, Run]:
     """`step`: batches in memory; `fed`: rows in random order from Arrow columns, collated as it trains."""
     if not dist.is_initialized():
         cpu.configure(torch.get_num_threads())
-        meeting = Path(tempfile.mkdtemp(prefix="bench-models-")) / "store"
-        dist.init_process_group("gloo", f"file://{meeting}", rank=0, world_size=1)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     module = model_module(model)
     cfg = module.Config()
     schema = module.Model.inputs(SCHEMA, cfg)

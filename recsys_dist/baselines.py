@@ -104,14 +104,6 @@ def table_rows(schema: Schema, name: str) -> int:
     raise DataError(f"target encoding: {schema[name].kind} feature {name!r} has no single fitted id per row")
 
 
-def popularity_scores(positives_I: np.ndarray) -> np.ndarray:
-    """[I] float64 distinct scores, most positives first, ties by table row: a ranking without ties."""
-    ranked = np.argsort(-positives_I, kind="stable")
-    scores = np.empty(len(ranked))
-    scores[ranked] = -np.arange(len(ranked), dtype=np.float64)
-    return scores
-
-
 def nearest_items(
     shown_UI: sp.csr_matrix, items: np.ndarray, most: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -13,7 +13,6 @@ from recsys_dist.baselines import (
     history_scores,
     incidence,
     nearest_items,
-    popularity_scores,
 )
 from recsys_dist.config import rng_for
 from recsys_dist.errors import ConfigError, DataError
@@ -64,12 +63,6 @@ def test_one_class_has_no_rates() -> None:
     counts = LabelCounts.of({"user": np.array([1, 2])}, np.array([1, 1]), SCHEMA)
     with pytest.raises(DataError, match="2 of 2 training rows are positive"):
         TargetEncoding.fit(counts)
-
-
-def test_popularity_has_no_ties() -> None:
-    scores = popularity_scores(np.array([0, 5, 7, 5]))
-    assert np.argsort(-scores).tolist() == [2, 1, 3, 0]
-    assert len(np.unique(scores)) == 4
 
 
 def shown_to(users: int, items: int) -> np.ndarray:

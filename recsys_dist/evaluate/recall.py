@@ -13,13 +13,14 @@ import pyarrow.parquet as pq
 import scipy.sparse as sp
 import torch
 
-from recsys_dist.baselines import history_scores, popularity_scores
+from recsys_dist.baselines import history_scores
 from recsys_dist.data.collate import collate
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import DataError
 from recsys_dist.evaluate.ranking import item_positives
 from recsys_dist.evaluate.trained import EvaluateConfig, Trained
 from recsys_dist.metrics import RetrievalState, intervals, retrieval_replicates
+from recsys_dist.models import popularity
 from recsys_dist.train.item_cosine import similarity
 from recsys_dist.train.validate import csr, item_vectors, scored, top_items
 
@@ -36,7 +37,7 @@ def evaluate_recall(prepared: Prepared, trained: Trained, cfg: EvaluateConfig) -
     the difference among unseen items. `skipped` says which baseline was not computed, and why.
     """
     positives_I = item_positives(prepared, cfg.split)
-    popular = torch.from_numpy(popularity_scores(positives_I))
+    popular = popularity.ranks(torch.from_numpy(positives_I))
     scorers: dict[str, Score] = {
         "model": partial(_by_model, trained, item_vectors(trained.model)),
         "popularity": lambda users: popular.repeat(len(users), 1),
@@ -93,4 +94,4 @@ def _by_model(trained: Trained, item_ID: torch.Tensor, users: pa.Table) -> torch
 
 def _by_cosine(similar: sp.csr_matrix | np.ndarray, popular: torch.Tensor, users: pa.Table) -> torch.Tensor:
     scores = torch.from_numpy(history_scores(*csr(users["seen"]), similar)).double()
-    return scores + 1e-9 * popular / len(popular)  # items like nothing seen come by popularity
+    return scores + 1e-9 * popular.double()  # items like nothing seen come by popularity

@@ -257,9 +257,8 @@ class ActivationUnit(nn.Module):
         # W·[b, t, b - t, b∘t] = (W1 + W3) b + (W2 - W3) t + W4 (b∘t): the candidate's share once a row
         query_BH = torch.addmm(first.bias, history.query_BE, (of_t - of_difference).T)
         product_VE = history.behaviour_VE * expand(history.query_BE)
-        tokens = torch.cat([history.behaviour_VE, product_VE], dim=1)
-        weight = torch.cat([of_b + of_difference, of_product], dim=1)
-        hidden_VH = torch.addmm(expand(query_BH), tokens, weight.T)
+        hidden_VH = torch.addmm(expand(query_BH), history.behaviour_VE, (of_b + of_difference).T)
+        hidden_VH = torch.addmm(hidden_VH, product_VE, of_product.T)
         return self.mlp.after(1, hidden_VH, expand(real_B))[:, 0]
 
 

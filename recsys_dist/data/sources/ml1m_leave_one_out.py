@@ -2,8 +2,9 @@
 
 `splits/leave_one_out/` beside GroupLens' own files: `train_input.txt` has a line of films per user, in the
 order of time; `test_output.txt` the last film of each; `val_output.txt` the last but one of 512 users, whose
-lines of `val_input.txt` tell who they are. What comes between training and these is trained on by none and
-history to all: the one rating of each user in `ratings.dat` that no file lists. Times are made up.
+lines of `val_input.txt` tell who they are. What comes between training and these is no example, and history
+to all: the one rating of each user in `ratings.dat` that no file lists; where it lies before validation, as
+those 512 users' does, models that learn every step of a sequence learn it as its last. Times are made up.
 """
 
 from collections.abc import Iterator

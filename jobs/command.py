@@ -52,6 +52,10 @@ def _quiet() -> None:
     """Silence notices of libraries that tell a user nothing to act on."""
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # a deprecation inside TorchRec
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on purpose: one process
+    # of runs with num_workers=0, which train in this process
+    logging.getLogger("torchrec.optim.rowwise_adagrad").setLevel(logging.ERROR)  # FBGEMM steps here
+    for said in ("Initializing zero-element tensors", "fbgemm::.*an autograd kernel was not registered"):
+        warnings.filterwarnings("ignore", message=said)
 
 
 def options(parser: argparse.ArgumentParser, argv: list[str], cfg: type[Config]) -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """Starts the service as a user would, asks it over HTTP, and shows what it answers and how fast."""
 
 import contextlib
+import ctypes
 import http.client
 import json
 import os
@@ -36,7 +37,14 @@ def service(arguments: list[str], state: Path) -> Iterator[int]:
     slow = {"--ray-defaults", "--no-ray"} & set(arguments)
     settings = dict(os.environ) if slow else {**os.environ, **fast(state)}  # else it would begin twice
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=settings)
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=settings,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
         try:
             assert process.stdout is not None
             while not (line := process.stdout.readline()).startswith("serving bundle"):
@@ -47,6 +55,12 @@ def service(arguments: list[str], state: Path) -> Iterator[int]:
         finally:
             process.send_signal(signal.SIGINT)
             process.wait(_END_TIMEOUT_S)
+
+
+def _end_with_parent() -> None:
+    """As Ctrl-C would end it, also where the parent is killed and can tell nobody."""
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGINT)
 
 
 def show(bundle: Bundle, port: int, requests: int) -> dict[str, Any]:

@@ -10,8 +10,8 @@ loader-only (Ray Data and collate), step-only (batches made before), end-to-end 
 two workers, beside a plain PyTorch loop (nn.EmbeddingBag, torch optimizers) on tensors sliced before; and
 the time that lookups and matrix products would take at the machine's own rates, measured between.
 
-With --gpu each worker has a GPU, and so have the plain loop and the machine's rates; of two workers only
-where there are two.
+With --gpu each worker has a GPU, and so have the plain loop and the machine's rates; two workers are measured
+where there are three of them, for all groups live at once.
 
 Instead, with
 --models    one worker's rows per second of each model, beside plain PyTorch, torch-rechub and deepctr-torch;
@@ -99,6 +99,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for tower in args.towers.split(","):
         if tower not in TOWERS:
             raise ConfigError(f"--towers {tower!r} is not measured{nearest(tower, list(TOWERS))}")
+    if args.gpu and (args.models or args.overhead or args.memory):
+        raise ConfigError("--gpu: models, overhead and memory are measured on CPUs alone; leave one out")
     for name in ("steps", "repeats", "batch_rows", "rows", "threads"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed")
@@ -111,7 +113,7 @@ def worlds(gpu: bool) -> list[int]:
         return [1, 2]
     if not torch.cuda.is_available():
         raise ConfigError("--gpu: PyTorch sees no GPU; leave it out, or install with `make install CUDA=1`")
-    return [1, 2][: torch.cuda.device_count()]
+    return [1, 2] if torch.cuda.device_count() >= 3 else [1]
 
 
 def measure(files: list[tuple[str, int]], args: argparse.Namespace) -> dict[str, Any]:

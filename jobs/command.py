@@ -4,6 +4,7 @@ import argparse
 import errno
 import gc
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -28,6 +29,9 @@ def reported(main: Callable[[list[str]], None], argv: list[str]) -> int:
         main(argv)
     except RecsysError as error:
         return _told(str(error))
+    except BrokenPipeError:  # whoever read what is printed has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor does Python's end write there
+        return 1
     except OSError as error:
         if error.errno not in (*NO_ROOM, *_NO_PLACE):
             raise

@@ -15,6 +15,7 @@ from typing import Any
 
 from jobs import tracked
 from jobs.command import options, reported, settings_help
+from jobs.export import checkpoint_of
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.evaluate import EvaluateConfig, evaluate_ranking, evaluate_recall, load_trained, write_json
 
@@ -37,7 +38,7 @@ def parse(argv: list[str]) -> tuple[EvaluateConfig, argparse.Namespace]:
         epilog=settings_help(EvaluateConfig),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", help="directory of a committed checkpoint")
+    parser.add_argument("checkpoint", help="directory of a finished run, or of a committed checkpoint")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, as in split=valid")
     parser.add_argument("--data", required=True, help="directory of the prepared data")
     parser.add_argument(
@@ -93,7 +94,8 @@ def _row(title: str, cells: list[str]) -> str:
 def main(argv: list[str]) -> None:
     cfg, args = parse(argv)
     prepared = Prepared.open(args.data)
-    trained = load_trained(args.checkpoint, prepared)
+    checkpoint = checkpoint_of(Path(args.checkpoint))
+    trained = load_trained(checkpoint, prepared)
     if trained.model.task == "ranking":
         result = evaluate_ranking(prepared, trained, cfg, args.out)
         print(ranking_table(result))
@@ -102,7 +104,7 @@ def main(argv: list[str]) -> None:
         print(recall_table(result, cfg.ks))
     write_json(result, Path(args.out) / "evaluation.json")
     print(f"written: {Path(args.out) / 'evaluation.json'}")
-    delivery = tracked.add_evaluation(Path(args.checkpoint), result)
+    delivery = tracked.add_evaluation(checkpoint, result)
     if delivery:
         print(f"MLflow run {delivery.run_id}: {delivery.trouble or 'the metrics are added'}")
 

@@ -83,12 +83,3 @@ class Batch:
         sparse = KeyedJaggedTensor(keys=keys, values=self.sparse.values(), lengths=padded)
         labels = {name: grown(label) for name, label in self.labels.items()}
         return Batch(grown(self.dense), sparse, labels, grown(self.weight), grown(self.row_id, -1))
-
-    def empty(self) -> "Batch":
-        """A batch of the same layout with no rows: what a worker without data contributes."""
-        keys = self.sparse.keys()
-        sparse = KeyedJaggedTensor(
-            keys=keys, values=self.sparse.values()[:0], lengths=self.sparse.lengths()[:0]
-        )
-        labels = {name: label[:0] for name, label in self.labels.items()}
-        return Batch(self.dense[:0], sparse, labels, self.weight[:0], self.row_id[:0])

@@ -124,6 +124,7 @@ class Registry:
         """Make a version champion whatever its gates said: a number, a bundle's version or an alias."""
         with self._asked(), one_writer(self.cfg.uri):
             version = self._find(which)
+            self._refuse_damaged(version)
             self._crown(version)
             return self._entry(version)
 
@@ -134,6 +135,7 @@ class Registry:
             if len(champions) < 2:
                 raise RegistryError(f"{self.cfg.model!r} has had no champion before the present one")
             version = self._find(champions[-2])
+            self._refuse_damaged(version)
             self._alias(CHAMPION, version)  # first: the list follows the alias, see _champions
             self._remember(champions[:-1])
             return self._entry(version)
@@ -222,8 +224,7 @@ class Registry:
         if version is None:
             return None
         try:
-            with tempfile.TemporaryDirectory() as folder:
-                there = manifest.read(self._download(str(version.source), Path(folder), bundle))
+            there = self._verified(version)
         except (BundleError, *TROUBLE) as error:
             log.warning(
                 "version %s is not whole, uploading it anew: %s", version.version, short_reason(error)
@@ -233,6 +234,17 @@ class Registry:
             log.warning("version %s has other golden answers or figures, uploading it anew", version.version)
             return None
         return version
+
+    def _verified(self, version: ModelVersion) -> Manifest:
+        """Of what the registry has of a version, downloaded for it."""
+        with tempfile.TemporaryDirectory() as folder:
+            return manifest.read(self._download(str(version.source), Path(folder), version.tags[_BUNDLE]))
+
+    def _refuse_damaged(self, version: ModelVersion) -> None:
+        try:
+            self._verified(version)
+        except BundleError as error:
+            raise RegistryError(f"version {version.version} is not whole in the registry: {error}") from None
 
     def _upload(self, directory: Path, facts: Manifest) -> ModelVersion:
         experiment = experiment_id(self._client, self.cfg.uri, self.cfg.experiment)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("recsys_dist", "jobs")
 
 DOORS = {  # dependency: the only modules that may name it
-    "ray.data": ("recsys_dist.data.pipeline", "recsys_dist.data.feed"),
+    "ray.data": ("recsys_dist.data.pipeline", "recsys_dist.data.tasks", "recsys_dist.data.feed"),
     "ray.tune": ("recsys_dist.tune.sweep",),
     "optuna": ("recsys_dist.tune.space",),
     "ray.serve": ("recsys_dist.serve.app", "recsys_dist.serve.deployments"),

@@ -40,17 +40,6 @@ def test_padding_to_the_same_size_is_the_batch_itself() -> None:
     assert batch.pad(2) is batch
 
 
-def test_an_empty_batch_keeps_the_layout_and_pads_to_weightless_rows() -> None:
-    empty = two_rows().empty()
-    assert (empty.rows, empty.dense.shape, empty.row_id.shape) == (0, (0, 1), (0,))
-    assert empty.sparse.keys() == ["user", "watched"]
-    assert empty.sparse.values().numel() == 0
-    assert list(empty.labels) == ["click"]
-    padded = empty.pad(3)
-    assert ids(padded, "watched") == [[], [], []]
-    assert padded.weight.sum() == 0
-
-
 def test_moving_keeps_every_tensor_and_type() -> None:
     batch = two_rows()
     moved = batch.to(torch.device("cpu"))

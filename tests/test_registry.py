@@ -180,6 +180,20 @@ def test_what_is_no_longer_whole_in_the_registry_is_uploaded_anew(
     assert registry.rollback().bundle == fair.name
 
 
+def test_what_is_damaged_in_the_registry_becomes_no_champion(
+    registry: Registry, variants: list[Path]
+) -> None:
+    fair, good, _ = variants
+    registry.publish(fair)
+    source = registry._client.get_model_version_by_alias("recsys_dist", CHAMPION).source
+    registry.publish(good)
+    Path(local_file_uri_to_path(source), "users.parquet").write_bytes(b"")
+    for make_champion in (registry.rollback, lambda: registry.promote("1")):
+        with pytest.raises(RegistryError, match=r"version 1 is not whole in the registry: .*users\.parquet"):
+            make_champion()
+    assert champion(registry) == good.name
+
+
 def test_a_champion_whose_files_are_all_gone_is_no_dead_registry(
     registry: Registry, variants: list[Path], tmp_path: Path
 ) -> None:

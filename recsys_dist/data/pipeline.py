@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from recsys_dist.data.output import LOCK, PARTIALS, remove_partials, sole_writer
 from recsys_dist.data.prepared import MANIFEST, Manifest, Prepared, ShardSet
 from recsys_dist.data.sources.protocol import Source, SourceConfig, open_source, source_config
 from recsys_dist.data.split import SPLITS, Split, check_split, choose_split, choose_valid
+from recsys_dist.data.tasks import each
 from recsys_dist.data.vocab import Admission
 from recsys_dist.errors import ConfigError, DataError, QuarantineError, RecsysError, SourceError
 from recsys_dist.feature_kinds import Bucketed, Categorical, Cross, Numeric, side
@@ -268,16 +269,6 @@ def _build(
         lengths = tuple(pq.read_metadata(file).num_rows for file in files)
         sets[name] = ShardSet(files=tuple(str(f.relative_to(path)) for f in files), rows=lengths)
     return sets
-
-
-def each(buckets: list[int], make: Callable[[int], pa.Table]) -> "ray.data.Dataset":
-    """A task of the cluster for each bucket, or whatever the numbers are of."""
-
-    def run(batch: dict[str, Any]) -> Iterator[pa.Table]:
-        for bucket in batch["item"]:
-            yield make(int(bucket))
-
-    return ray.data.from_items(buckets, override_num_blocks=len(buckets)).map_batches(run, batch_size=1)
 
 
 def _watched(rows: Iterable[dict[str, Any]], what: str, total: int | None) -> Iterator[dict[str, Any]]:

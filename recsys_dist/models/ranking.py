@@ -168,6 +168,7 @@ class Ranker(nn.Module):
 class Fields(nn.Module):
     """Embedded fields, and the linear model over single ids: one collection, so one exchange of workers.
 
+    Called with a batch's own ids, once a step: on GPUs workers exchange them a step ahead (`train.ahead`).
     A field is an id feature; ids of a list are pooled to their mean. All weights of the linear model
     over one-hot ids lie in one table, a stretch of rows per feature, and start at zero.
     """

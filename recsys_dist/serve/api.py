@@ -109,7 +109,10 @@ class Event(Strict):
     user_id: Id
     item_id: Id
     timestamp: Moment | None = Field(None, description="default: now")
-    labels: dict[Name, bool | Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+    labels: dict[Name, bool | Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        description="the log's outcomes; one that is left out is 0: it did not happen. Send an event once "
+        "they are known"
+    )
     context: dict[Name, Value] = Field(default_factory=dict, max_length=MOST_CONTEXT)
 
 

@@ -46,7 +46,7 @@ class Service(Protocol):
 
 def create_app(service: Service, limits: Limits | None = None, token: str | None = None) -> Guard:
     """An ASGI application; OpenAPI at /openapi.json, and to try by hand at /docs."""
-    app = FastAPI(title="recsys_dist", version=recsys_dist.__version__, description=__doc__)
+    app = FastAPI(title="recsys_dist", version=recsys_dist.__version__)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(InvalidError, _refused)
     app.add_exception_handler(StateError, _not_stored)

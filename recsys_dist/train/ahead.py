@@ -31,15 +31,13 @@ def schedule(device: torch.device) -> Callable[[Epoch, Iterator[Turn]], Iterator
 def overlapped(epoch: Epoch, turns: Iterator[Turn]) -> Iterator[Step]:
     """The steps of `turns`; meanwhile the next one's ids travel, and the one after it to the device."""
     pipeline = _Pipeline(epoch)
-    try:
-        while True:
-            try:
-                step = pipeline.progress(turns)
-            except StopIteration:
-                return
-            yield step
-    finally:
-        pipeline.detach()
+    while True:
+        try:
+            step = pipeline.progress(turns)
+        except StopIteration:
+            pipeline.detach()
+            return
+        yield step
 
 
 class _Pipeline(TrainPipelineSparseDist[Turn, Step]):
@@ -54,6 +52,12 @@ class _Pipeline(TrainPipelineSparseDist[Turn, Step]):
         device: torch.device = epoch.idle.device
         super().__init__(epoch.model, _Within(), device, custom_model_fwd=forward)
         self._epoch = epoch
+        self._computing = torch.cuda.current_stream() if device.type == "cuda" else None
+
+    def _next_batch(self, dataloader_iter: Iterator[Turn]) -> Turn | None:
+        """TorchRec asks for it within the stream that copies: what the loop reads then is not made there."""
+        with self._stream_context(self._computing):
+            return super()._next_batch(dataloader_iter)
 
     def _pipeline_model(
         self,

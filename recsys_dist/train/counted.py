@@ -46,6 +46,9 @@ def count(cfg: TrainConfig, prepared: Prepared, run: Path) -> None:
     for name in ("item_vectors", "warm_start"):
         if getattr(cfg, name) is not None:
             raise ConfigError(f"{cfg.model.name} counts, and starts from nothing: leave out {name}")
+    if cfg.newest_fraction != 1 or cfg.use_gpu:
+        name = "use_gpu" if cfg.use_gpu else "newest_fraction"
+        raise ConfigError(f"{cfg.model.name} counts all of the training days, on CPUs: leave out {name}")
     progress = Progress(run, 0, lambda: True, profile=False)
     for phase in _PHASES:
         progress.resume(phase, 0, 0)  # an interrupted run counts anew

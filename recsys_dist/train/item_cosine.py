@@ -1,7 +1,7 @@
 """Which items the same users were shown, over the cluster: similarities of ItemCF, model and baseline.
 
-One task per group of users reads who was shown what; one per stretch of items counts users of two items,
-exactly, and keeps the most similar ones. Memory of a task is bounded by its stretch.
+One task per group of users reads who was shown what; one per so many items counts users of two items,
+exactly, and keeps the most similar ones. A task holds the log's pairs, and what it counts, which is bounded.
 
 U users, I rows of the item table, P pairs
 """
@@ -19,6 +19,7 @@ from recsys_dist import session
 from recsys_dist.baselines import incidence, nearest_items
 from recsys_dist.data import pipeline, stages
 from recsys_dist.data.prepared import Prepared
+from recsys_dist.data.tasks import each
 
 _TASK_PAIRS = 1 << 24  # of items, at most, that a task counts at once: 16 bytes each, and as much to sort
 
@@ -36,7 +37,8 @@ def similarity(prepared: Prepared, split: str, most: int) -> sp.csr_matrix | np.
         for item, other, cosine in found:
             whole[other, item] = cosine
         return whole
-    item, other, cosine = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    nothing = [np.empty(0, dtype) for dtype in (np.int64, np.int64, np.float32)]
+    item, other, cosine = (np.concatenate(parts) for parts in zip(nothing, *found, strict=True))
     return sp.csr_matrix((cosine, (other, item)), shape=(item_rows, item_rows))
 
 
@@ -52,7 +54,7 @@ def neighbours(prepared: Prepared, split: str, most: int) -> tuple[np.ndarray, n
 
 
 def _nearest(prepared: Prepared, split: str, most: int) -> Iterator[list[np.ndarray]]:
-    """What `baselines.nearest_items` gives, a stretch of the items at a time."""
+    """What `baselines.nearest_items` gives, for some of the items at a time."""
     session.connect()
     pipeline.quiet()
     item_rows = len(prepared.items) + 1
@@ -85,7 +87,7 @@ def _shown(prepared: Prepared, split: str) -> sp.csr_matrix:
         found = pa.table({"user": users, "item": pc.add(at, 1)}).filter(pc.is_valid(at))
         return found.group_by(["user", "item"]).aggregate([])
 
-    users, items, known = [], [], 0
+    users, items, known = [np.empty(0, np.int64)], [np.empty(0, np.int32)], 0
     for user, item in _columns(stages.bucket_numbers(prepared.path), pairs):
         users.append(user.astype(np.int64) + known)
         items.append(item)
@@ -94,6 +96,6 @@ def _shown(prepared: Prepared, split: str) -> sp.csr_matrix:
 
 
 def _columns(tasks: list[int], make: Callable[[int], pa.Table]) -> Iterator[list[np.ndarray]]:
-    """The columns of what `make` gives for each, in any order; one task of the cluster each."""
-    for found in pipeline.each(tasks, make).iter_batches(batch_size=None, batch_format="numpy"):
+    """The columns of what `make` gives for each, a task each, in any order; none where it gives no rows."""
+    for found in each(tasks, make, whole=True).iter_batches(batch_size=None, batch_format="numpy"):
         yield list(found.values())

@@ -26,7 +26,7 @@ from recsys_dist.models.precision import full
 from recsys_dist.schema import Schema
 from recsys_dist.train.optim import Optimizers
 from recsys_dist.train.sampling import Stopwatch, Use, added, table_use
-from recsys_dist.train.turn import Step, Turn
+from recsys_dist.train.turn import Step, Turn, brought
 
 T = TypeVar("T")
 _NAMED_ROWS = 5  # rows that a NonFiniteLossError names
@@ -236,7 +236,7 @@ class Epoch:
         mine = [0.0, 0.0] if batch is None else [float(batch.rows), float(batch.weight.sum())]
         save = float(self.workers.rank == 0 and self.due())
         unread = len(self._known) >= _UNREAD_STEPS[self.idle.device.type]
-        settled = [float(self._known[0].loss_sum)] if unread else []
+        settled = [self._known[0].loss_sum()] if unread else []
         total = self.workers.start_sum([*mine, save, *settled])
 
         @functools.cache
@@ -266,7 +266,7 @@ class Epoch:
         with self.stopwatch.part("dense"):
             losses = self.model(turn.batch, turn.number)
             loss_sum = (losses * turn.batch.weight).sum()
-            of = turn.number, turn.batch.row_id, losses.detach(), loss_sum.detach()
+            of = turn.number, turn.batch.row_id, losses.detach(), brought(loss_sum.detach())
             step = Step(*of, turn.rows, turn.weight, turn.tables)
             if not self.skip_steps or self._finite_everywhere(loss_sum):
                 step.mean = loss_sum * (self.workers.size / turn.weight if turn.weight else 0.0)
@@ -307,7 +307,7 @@ class Epoch:
     def _settle_all(self) -> None:
         self._agreed()
         while self._known:
-            self._settle(self.workers.start_sum([float(self._known[0].loss_sum)])())
+            self._settle(self.workers.start_sum([self._known[0].loss_sum()])())
 
     def _settle(self, sums: list[float]) -> None:
         for total in sums:

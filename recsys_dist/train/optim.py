@@ -207,7 +207,8 @@ class Optimizers:
             for name, weight in self.dense.items():
                 slots = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
                 if slots:
-                    optimizer.state[weight] = {slot: value.clone() for slot, value in slots.items()}
+                    moved = {slot: value.to(weight.device, copy=True) for slot, value in slots.items()}
+                    optimizer.state[weight] = moved
 
     def accumulators(self) -> dict[str, torch.Tensor]:
         """`accumulators_of` the tables, or of this worker's rows of them, that are stepped here."""

@@ -5,6 +5,7 @@ decision alike, from what rank 0 gave them.
 """
 
 import contextlib
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -195,18 +196,18 @@ class _Attempt:
 
     def _build(self, train: list[Piece]) -> None:
         """The sharded model as the newest checkpoint has it, or as it starts. Collective."""
+        gc.collect()  # a former phase's model: TorchRec's modules are cycles
         cfg, phase, common = self.cfg, self.phase, self.common
         splits = ("train",) if phase.valid else ("train", "valid")
         catalogue = catalogue_of(common.prepared, self.schema, splits)
         if cfg.model.asks_occurrences:
             catalogue = replace(catalogue, occurrences=self._occurrences(self._mine(train)))
         self.catalogue = catalogue
-        sharding = balanced(cfg, common.prepared, catalogue, common.workers.size)
+        placed = balanced(cfg, common.prepared, catalogue, common.workers.size)
         torch.manual_seed(cfg.seed)
         model = model_module(cfg.model.name).Model(cfg.model, self.schema, catalogue)
         loss = Loss(model, autocast=cfg.autocast is not None)
-        groups = loss.model.table_groups()
-        self.sharded = shard(loss, groups, cfg.optimizer, sharding, cfg.seed, common.device)
+        self.sharded = shard(loss, loss.model.table_groups(), cfg.optimizer, placed, cfg.seed, common.device)
         if cfg.checkpoint_every_s is not None and cfg.checkpoint_increments > 0:
             saving.watch(self.sharded, cfg.checkpoint_increments)
         if self.newest is not None:
@@ -312,8 +313,7 @@ class _Attempt:
             )
 
         epoch.save = save
-        share = shares[self.workers.rank]
-        tables = feed.take(share, common.parts[self.workers.rank])
+        tables = feed.take(shares[self.workers.rank], common.parts[self.workers.rank])
         batches = (collate(table, self.schema) for table in tables)
         try:
             return epoch.run(batches, manifest.step)

@@ -112,6 +112,9 @@ def shard(
     group = dist.group.WORLD
     assert group is not None, "shard() needs torch.distributed; materialise() is the single-process twin"
     planner = planner_of(sharding, tables, rules, group.size(), torch.device(device).type)
+    for module in model.modules():  # which TorchRec leaves where they are if no weight is dense
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, buffer.to(device), name not in module._non_persistent_buffers_set)
     with quiet():
         plan = planner.collective_plan(model, using, group)
         _keep_gradients(plan, [tables[name].name for name, rule in rules.items() if not rule.fused])

@@ -85,6 +85,7 @@ def fit(cfg: TrainConfig, out: str | Path, on_report: OnReport | None = None) ->
     cfg.check(prepared)
     run = run_directory(cfg, prepared, out)
     _forget_what_is_damaged(cfg, run)
+    cfg = _from_anywhere(cfg)
     with _reports(run / PROGRESS, on_report):
         if not (run / RESULT).exists() and counts(cfg):
             run.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,6 @@ def fit(cfg: TrainConfig, out: str | Path, on_report: OnReport | None = None) ->
                 storage.probe(cfg.checkpoints)
             session.connect()
             check_cluster(cfg)
-            cfg = _from_anywhere(cfg)
             write_text(cfg.to_yaml(), run / "config.yaml")
             write_text(" " * _RESERVE_BYTES, run / RESERVE)
             (run / FAILURE).unlink(missing_ok=True)

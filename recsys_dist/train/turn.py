@@ -1,5 +1,6 @@
 """What the training loop hands from part to part: a batch before its step, and after."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -41,16 +42,31 @@ class Turn(Pipelineable):
 class Step:
     """A turn after its forward pass, whose loss is not yet known to all.
 
-    mean  what it learns from, until it did; None where it is left out
+    loss_sum  of the rows' weighted losses, once it is on the host
+    mean      what it learns from, until it did; None where it is left out
     """
 
     number: int
     row_id: torch.Tensor
     losses: torch.Tensor
-    loss_sum: torch.Tensor
+    loss_sum: Callable[[], float]
     rows: float
     weight: float
     tables: Use
     mean: torch.Tensor | None = None
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     ms: dict[str, float] = field(default_factory=dict)
+
+
+def brought(number: torch.Tensor) -> Callable[[], float]:
+    """Begin to bring a number to the host; the result waits for it alone, not for what a GPU does next."""
+    if number.device.type == "cpu":
+        return lambda: float(number)
+    here, there = number.to("cpu", non_blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
+    there.record()
+
+    def wait() -> float:
+        there.synchronize()
+        return float(here)
+
+    return wait

@@ -18,7 +18,7 @@ from recsys_dist.errors import ConfigError
 from recsys_dist.evaluate import EvaluateConfig, evaluate_recall, load_trained
 from recsys_dist.models import itemcf, popularity
 from recsys_dist.models.protocol import COUNTED, Catalogue, model_module, model_names
-from recsys_dist.train import trainer
+from recsys_dist.train import item_cosine, trainer
 from recsys_dist.train.checkpoint import MANIFEST
 from recsys_dist.train.settings import TrainConfig
 from recsys_dist.train.validate import csr
@@ -70,6 +70,16 @@ def test_popularity_ranks_by_positives_then_by_row() -> None:
 
 def most_wanted(positives: torch.Tensor) -> np.ndarray:
     return np.argsort(-positives.numpy(), kind="stable")
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("cluster")
+def test_what_a_task_counts_comes_whole_however_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Data cuts what a task gives at its block size: an item's neighbours would be torn."""
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "target_max_block_size", 1000)
+    tables = item_cosine._columns([5_000, 0, 7_000], lambda rows: pa.table({"number": np.arange(rows)}))
+    found = sorted(len(number) for [number] in tables)
+    assert found == [5_000, 7_000]
 
 
 @pytest.mark.ray

@@ -24,7 +24,9 @@ from tests.train.ranks import run_ranks
 SKIPPED, SAVED = 6, (2, 9, 10)  # steps: with a NaN on the last rank; those before which is saved
 
 
-def trained(case: Case, kind: Any, rank: int, schedule: Any, device: str = "cpu") -> dict[str, Any]:
+def trained(
+    case: Case, kind: Any, rank: int, schedule: Any, device: str = "cpu", skip_steps: int = 1
+) -> dict[str, Any]:
     """Batches come from the host; `weights` are left out on a GPU."""
     loss, schema = build(case), inputs(case)
     sharding = ShardingConfig(kind=kind)
@@ -37,7 +39,7 @@ def trained(case: Case, kind: Any, rank: int, schedule: Any, device: str = "cpu"
 
     idle = idle_batch(schema, truth.ROWS).to(torch.device(device))
     epoch = Epoch(sharded.model, sharded.optimizers, idle, Workers(), on_step)
-    epoch.schedule, epoch.seed, epoch.skip_steps = schedule, 3, 1
+    epoch.schedule, epoch.seed, epoch.skip_steps = schedule, 3, skip_steps
     asked = iter(range(truth.STEPS + 1))
     epoch.due = lambda: next(asked) + 1 in SAVED
     epoch.save = lambda mine: saved.append((mine, epoch.totals.steps))
@@ -95,14 +97,17 @@ def test_what_is_exchanged_ahead_changes_nothing(name: str, kind: str, lookups: 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["wide_deep", "din"])
-def test_what_travels_to_a_gpu_meanwhile_is_what_it_trains_on(name: str) -> None:
+@pytest.mark.parametrize("skip_steps", [0, 1])  # with 0 nothing makes the host wait for a step
+@pytest.mark.parametrize("name", ["wide_deep", "din", "item2vec"])
+def test_what_travels_to_a_gpu_meanwhile_is_what_it_trains_on(name: str, skip_steps: int) -> None:
     device, case = "cuda:0", Case(name, world=1)
     torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        in_turn = trained(case, "auto", 0, one_by_one, device)
-        overlapped = trained(case, "auto", 0, ahead.schedule(torch.device(device)), device)
+        in_turn, overlapped = (
+            trained(case, "auto", 0, schedule, device, skip_steps)
+            for schedule in (one_by_one, ahead.schedule(torch.device(device)))
+        )
     finally:
         dist.destroy_process_group()
     assert overlapped["saved"] == in_turn["saved"] and len(overlapped["told"]) == truth.STEPS

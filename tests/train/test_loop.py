@@ -4,7 +4,7 @@ import torch
 
 from recsys_dist.errors import NonFiniteLossError
 from recsys_dist.train.loop import Epoch, Loss, Totals, Workers, idle_batch
-from recsys_dist.train.optim import OptimizerConfig
+from recsys_dist.train.optim import OptimizerConfig, Optimizers
 from recsys_dist.train.placement import ShardingConfig
 from recsys_dist.train.sharding import materialise, shard
 from tests.train import tiny
@@ -92,6 +92,17 @@ def test_rows_of_weight_zero_change_nothing():
     tables = {n: w for n, w in one.state_dict().items() if "embedding" in n}  # Adam moves on by its momentum
     for name, weight in tables.items():
         np.testing.assert_array_equal(two.state_dict()[name].numpy(), weight.numpy(), err_msg=name)
+
+
+def test_what_adam_goes_on_from_lies_where_its_weight_does() -> None:
+    """As on a GPU, for which "meta" stands in: checkpoints are read on the host."""
+    weight = torch.nn.Parameter(torch.empty(3, device="meta"))
+    optimizers = Optimizers([("tower", weight)], {}, OPTIMIZER.dense)
+    optimizers.load_state({"tower.step": torch.tensor(7.0), "tower.exp_avg": torch.ones(3)})
+    assert {slot: value.device.type for slot, value in optimizers.state().items()} == {
+        "tower.step": "meta",
+        "tower.exp_avg": "meta",
+    }
 
 
 def nan_on_rank_one(rank: int) -> str:

@@ -1,3 +1,4 @@
+import gc
 import io
 import json
 import signal
@@ -14,6 +15,7 @@ from ray.exceptions import RayError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 from ray.train.v2.api.exceptions import WorkerGroupError
+from torchrec.distributed import DistributedModelParallel
 from tqdm import tqdm
 
 from recsys_dist.config import load_yaml
@@ -21,12 +23,13 @@ from recsys_dist.data.collate import collate
 from recsys_dist.data.prepared import Prepared
 from recsys_dist.errors import ConfigError, DataError, NonFiniteLossError, TrainError
 from recsys_dist.metrics import RankingState
-from recsys_dist.train import trainer, worker
+from recsys_dist.train import phase, trainer, worker
 from recsys_dist.train.checkpoint import MANIFEST, load_for_inference
 from recsys_dist.train.fence import take_over
 from recsys_dist.train.pretrained import RESULT
 from recsys_dist.train.sampling import PARTS
 from recsys_dist.train.settings import TrainConfig
+from recsys_dist.train.sharding import shard
 from recsys_dist.train.telemetry import TRACE
 from recsys_dist.train.validate import user_keys
 from recsys_dist.train.worker import train_worker
@@ -107,6 +110,22 @@ def test_without_workers_it_is_the_run_of_one(data, tmp_path):
     bad = prepared.make(tmp_path / "bad", bad_row=7)
     with pytest.raises(NonFiniteLossError, match=r"1 of its \d+ rows: shard 1 row 7"):
         trainer.fit(config(bad, num_workers=0), tmp_path / "out")
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.ray
+@pytest.mark.e2e
+def test_a_refit_does_not_hold_the_model_before_it(data, tmp_path, monkeypatch):
+    alive = []
+
+    def counted(*given):
+        alive.append(sum(type(one) is DistributedModelParallel for one in gc.get_objects()))
+        return shard(*given)
+
+    gc.collect()
+    monkeypatch.setattr(phase, "shard", counted)
+    trainer.fit(config(data, num_workers=0, epochs=1), tmp_path)
+    assert alive == [0, 0], "of choose and of refit"
 
 
 def started(cfg, run) -> dict[str, object]:

@@ -377,7 +377,8 @@ class Ledger:
         lines = [f"{self.read:,} rows read = {self.kept:,} kept + {quarantined.total():,} quarantined"]
         lines += [f"{rows:>12,}  {reason}" for reason, rows in quarantined.most_common()]
         if self.refused:
-            lines.append(f"{len(self.refused):,} files refused:")
+            files = "file" if len(self.refused) == 1 else "files"
+            lines.append(f"{len(self.refused):,} {files} refused:")
             lines += [f"  {reason}" for _, reason in sorted(self.refused.items())[:10]]
             lines += [f"  ... and {len(self.refused) - 10:,} more"] if len(self.refused) > 10 else []
         return "\n".join(lines)

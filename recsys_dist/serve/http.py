@@ -125,13 +125,27 @@ def _json(answer: Answer) -> Response:
 async def _invalid(_: Request, error: Exception) -> Response:
     """422 that names each wrong field and the reason, and does not repeat what was sent."""
     assert isinstance(error, RequestValidationError)
-    problems = [
-        {"field": ".".join(str(part) for part in problem["loc"][1:]) or "body", "problem": problem["msg"]}
-        if problem["type"] != "json_invalid"
-        else {"field": "body", "problem": "is not JSON"}
-        for problem in error.errors()
-    ]
+    found: dict[str, list[str]] = {}  # a value that may be of several types has a problem with each
+    for problem in error.errors():
+        not_json = problem["type"] == "json_invalid"
+        field = "body" if not_json else _field(problem["loc"][1:], error.body)
+        found.setdefault(field, []).append("is not JSON" if not_json else problem["msg"])
+    problems = [{"field": field, "problem": " or ".join(said)} for field, said in found.items()]
     return Response(json.dumps({"detail": problems}), 422, media_type="application/json")
+
+
+def _field(where: tuple[str | int, ...], body: Any) -> str:
+    """The path of what is wrong or missing in a request, without pydantic's names of types it may be of."""
+    named = []
+    for part in where:
+        if isinstance(body, dict):
+            body = body.get(part)
+        elif isinstance(body, list) and isinstance(part, int):
+            body = body[part]
+        else:
+            break
+        named.append(str(part))
+    return ".".join(named) or "body"
 
 
 async def _refused(_: Request, error: Exception) -> Response:

@@ -231,6 +231,6 @@ def test_the_ledger_adds_up() -> None:
     assert Ledger.merge([two, one]).with_duplicates(1) == total
     assert Ledger.from_json(json.loads(json.dumps(total.to_json()))) == total
     assert "6 rows read = 3 kept + 3 quarantined" in total.summary()
-    assert "1 files refused" in total.summary() and "c: is empty" in total.summary()
+    assert "1 file refused" in total.summary() and "c: is empty" in total.summary()
     with pytest.raises(AssertionError):
         total.with_duplicates(9).check()

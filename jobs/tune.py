@@ -65,7 +65,9 @@ def parse(argv: list[str]) -> tuple[SweepConfig, argparse.Namespace]:
     for name in _SWEEP:
         field = SweepConfig.model_fields[name]
         flag: dict[str, Any] = {"action": "store_true"} if name == "check" else {}
-        said = f"{field.description or ''} (default: {field.default})".strip()
+        plain = field.default is None or field.default is False
+        shown = "" if plain else f"(default: {json.dumps(field.default)})"
+        said = f"{field.description or ''} {shown}".strip()
         parser.add_argument(f"--{name}", help=said, default=field.default, **flag)
     parser.add_argument("--json", metavar="FILE", help="write all figures there too")
     parser.add_argument("--out", default="runs/tune", help="directory for sweeps (default: %(default)s)")

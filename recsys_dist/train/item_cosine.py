@@ -37,7 +37,7 @@ def similarity(prepared: Prepared, split: str, most: int) -> sp.csr_matrix | np.
         for item, other, cosine in found:
             whole[other, item] = cosine
         return whole
-    nothing = [np.empty(0, dtype) for dtype in (np.int64, np.int64, np.float32)]
+    nothing = [np.empty(0, dtype) for dtype in (np.int64, np.int32, np.float32)]
     item, other, cosine = (np.concatenate(parts) for parts in zip(nothing, *found, strict=True))
     return sp.csr_matrix((cosine, (other, item)), shape=(item_rows, item_rows))
 

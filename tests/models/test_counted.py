@@ -116,6 +116,8 @@ def test_a_run_of_itemcf_counts_what_its_phase_may_see(pair: Pair, tmp_path: Pat
     assert len(list((fitted.run / "refit").iterdir())) == 1
     with pytest.raises(ConfigError, match="itemcf counts, and has no tables"):
         trainer.planned(cfg, pair.prepared)
+    with pytest.raises(ConfigError, match="counts all of the training days, on CPUs: leave out newest_frac"):
+        trainer.fit(cfg.override(["newest_fraction=0.5"]), tmp_path)
     with pytest.raises(ConfigError, match="counts, and starts from nothing: leave out item_vectors"):
         trainer.fit(cfg.override([f"item_vectors={fitted.run}"]), tmp_path)
 

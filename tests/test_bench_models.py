@@ -27,6 +27,23 @@ def test_histories_are_as_long_as_the_module_says() -> None:
         assert ((many[name] > 0) == real).all()
 
 
+@pytest.mark.parametrize(("gpus", "workers"), [(0, None), (1, [1]), (2, [1]), (3, [1, 2])])
+def test_workers_that_each_have_a_gpu_are_as_many_as_there_is_room_for(
+    gpus: int, workers: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The groups of one and of two live at once."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    if workers is None:
+        with pytest.raises(ConfigError, match="--gpu: PyTorch sees no GPU"):
+            bench_train.worlds(True)
+    else:
+        assert bench_train.worlds(True) == workers
+    assert bench_train.worlds(False) == [1, 2]
+    with pytest.raises(ConfigError, match="--gpu: models, overhead and memory are measured on CPUs alone"):
+        bench_train.parse(["--gpu", "--memory"])
+
+
 def test_both_sides_read_the_same_rows() -> None:
     (batch,) = ours._batches(ours.table(ROWS), ours.SCHEMA, 64)
     history = batch.sparse["history_item"]

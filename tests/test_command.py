@@ -3,6 +3,8 @@
 import errno
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -105,3 +107,12 @@ def test_any_other_unknown_option_is_named(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         recipes.parse(["wide_deep", "data=x", "--fast"])
     assert "unrecognized arguments: --fast" in capsys.readouterr().err
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_traceback() -> None:
+    """As `| head` does not, which may end before the job prints, and then while Python ends."""
+    code = "from jobs.command import reported; exit(reported(lambda _: print('x' * 1_000_000), []))"
+    job = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert job.stdout is not None and job.stderr is not None
+    job.stdout.close()
+    assert job.stderr.read() == b"" and job.wait() == 1

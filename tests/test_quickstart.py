@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -85,6 +86,21 @@ def test_from_ones_own_log_to_a_report(tmp_path: Path) -> None:
     assert before, "no checkpoint was written"
     quickstart(tmp_path / "log", tmp_path / "out", "--no-serving", "--tune", "2")
     assert before == {f: f.stat().st_mtime_ns for f in (tmp_path / "out/models").rglob("*.distcp")}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own signal")
+def test_what_a_killed_demo_served_with_ends_too() -> None:
+    code = (
+        "import subprocess, time; from jobs.showcase import _end_with_parent; "
+        "child = subprocess.Popen(['sleep', '60'], preexec_fn=_end_with_parent); "
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    demo = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert demo.stdout is not None
+    served = psutil.Process(int(demo.stdout.readline()))
+    demo.kill()
+    demo.communicate()
+    served.wait(10)
 
 
 @pytest.mark.parametrize("trials", ["0", "-1"])

@@ -18,6 +18,7 @@ class Turn(Pipelineable):
     rows    of the global batch; `weight` is theirs
     before  rows of this worker in the epoch's turns before
     save    whether to save before the step
+    tables  how this worker's batch uses them, at a step that is sampled
     """
 
     number: int
